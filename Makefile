@@ -1,0 +1,54 @@
+# The two commands of a newcomer: make demo, make test. `make help` lists the rest.
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+SHELL := /bin/sh
+
+.PHONY: help setup demo test slow lint format typecheck up down params lock gpu bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.locked: requirements.lock scripts/setup.sh
+	@sh scripts/setup.sh $(MAKECMDGOALS)
+
+setup: .venv/.locked ## .venv with the exact versions of requirements.lock
+
+demo: setup ## the whole pipeline on the demo preset, in a worktree of its own; then its results applied to this checkout
+	@$(PY) -m flows.demo
+
+test: setup ## every test that is neither slow nor needs a GPU
+	@$(PY) -m pytest -m "not slow and not gpu" -p no:cacheprovider
+
+slow: setup ## the slow tests
+	@$(PY) -m pytest -m "slow and not gpu" -p no:cacheprovider
+
+lint: setup ## ruff, mypy, import-linter
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+format: setup ## ruff's fixes and formatting
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+up: setup ## start Prefect, MLflow, Ray and the served deployment on loopback; prints their addresses
+	@$(PY) -m flows.services up
+
+down: setup ## end all that `make up` started, and every run
+	@$(PY) -m flows.services down
+
+params: setup ## compose params/ into params.yaml (ARGS="experiment=scenes moe.top_k=4")
+	@$(PY) -m tasks.params $(ARGS)
+
+lock: ## resolve the ranges of pyproject.toml anew into requirements.lock
+	@sh scripts/lock.sh
+
+gpu: setup ## MegaBlocks and its companions, without dependencies, on a CUDA machine
+	@sh scripts/gpu.sh
+
+bench: setup ## what benchmarks/ measures on a CPU
+	@$(PY) -m benchmarks.demo
+
+clean: ## remove what is ignored by git but the environment and the DVC cache
+	@git clean -fdX -e '!.venv' -e '!.dvc/cache' -e '!.dvc/tmp' -e '!data'
