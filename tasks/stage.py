@@ -1,0 +1,175 @@
+"""What every stage shares: `execute` validates, opens the MLflow run, runs the stage's one function, and closes everything again.
+
+A stage's function gets a `Stage`; its module is run by DVC as `python -m tasks.<stage> [item]` in the folder of dvc.yaml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_core.config import OptimizerConfig, Params
+from moe_core.errors import ConfigError, Dense2MoEError
+from tasks import curves, outs
+from tasks.curves import Curve, Point
+from tasks.fingerprint import Identity, identify
+from tasks.phase import METRICS, PRODUCT, Phase
+from tasks.progress import Progress
+from tasks.project import git_state, main_checkout, read_params
+from tasks.resume import ResumeFolder
+from tasks.tracking import StageRun
+
+RESUME_ROOT = ".resume"
+LIBRARIES = ("torch", "diffusers", "transformers", "ray", "mlflow", "dvc")
+
+
+@dataclass
+class Stage:
+    """A running stage."""
+
+    name: str
+    """as DVC addresses it: `mob_kd@M`"""
+    root: Path
+    params: Params
+    identity: Identity
+    run: StageRun
+    progress: Progress
+    resume: ResumeFolder | None = None
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    """phase -> its curve, after `train`"""
+
+    @property
+    def file_name(self) -> str:
+        """The name of this stage's files in reports/: `mob_kd-M`."""
+        return self.name.replace("@", "-")
+
+    @contextlib.contextmanager
+    def ray(self) -> Iterator[None]:
+        """Inside, Ray is up."""
+        # Ray is not imported by stages that do without it.
+        from tasks import cluster
+
+        with cluster.connect(self.name.replace("@", "-"), self.params.compute):
+            self.run.tag({"device": _device(self.params.compute.use_gpu)})
+            yield
+
+    def train(self, phases: list[tuple[str, str, dict[str, Any], OptimizerConfig, int]]) -> Path:
+        """Trains phases, each (name, builder, arguments, optimizer, validate_every), in Ray workers; goes on from where a killed run was.
+
+        The first phases' curves are logged under their names, the last one's without. Returns the product folder of the last phase; it
+        lies in the resume folder, so move it from there.
+        """
+        # Ray Train brings torch: only training stages pay for it.
+        from tasks import launch
+
+        assert self.resume is not None
+        compute = self.params.compute
+        for name, _, _, config, _ in phases:
+            if compute.num_workers and config.batch_size % compute.num_workers:
+                raise ConfigError(
+                    f"{self.name} {name}: batch_size is {config.batch_size}; it must be a multiple of compute.num_workers,"
+                    f" which is {compute.num_workers}"
+                )
+        jobs = [Phase(*phase, log_every=compute.log_every, checkpoint_every=compute.checkpoint_every) for phase in phases]
+        folder = self.resume.path
+        prefixes = {job.name: "" if job is jobs[-1] else f"{job.name}/" for job in jobs}
+        # A resumed run goes on where the killed attempt stopped logging; what lies between is the same, bit for bit.
+        logged = {job.name: {s: self.run.last_step(f"{prefixes[job.name]}{s}/") for s in ("train", "validation")} for job in jobs}
+        drawn = {job.name: Curve(job.optimizer.steps) for job in jobs}
+
+        def watch(job: Phase, records: list[dict[str, Any]]) -> None:
+            points = [p for p in drawn[job.name].add(records) if p.step > logged[job.name][p.split]]
+            self.run.points(points, prefixes[job.name])
+            if trained := [r for r in records if r["split"] == "train"]:
+                self.progress.update(job.name, trained[-1]["step"], job.optimizer.steps, trained[-1]["loss"])
+
+        with contextlib.nullcontext() if compute.num_workers == 0 else self.ray():
+            launch.train(jobs, folder, compute, self.params.seed, watch)
+        for job in jobs:
+            self.points[job.name] = curves.read(folder / job.name / METRICS, job.optimizer.steps)
+            suffix = "" if job is jobs[-1] else f"-{job.name}"
+            curves.write(self.root / "reports" / "curves" / f"{self.file_name}{suffix}.csv", self.points[job.name])
+        return folder / jobs[-1].name / PRODUCT
+
+    def summary(self, metrics: dict[str, Any], **more: Any) -> None:
+        """Writes `reports/stages/<stage>.json`: what the stage came to; nothing that differs between equal runs."""
+        content = {"stage": self.name, "fingerprint": self.identity.fingerprint, "metrics": metrics, **more}
+        outs.write_json(self.root / "reports" / "stages" / f"{self.file_name}.json", content)
+        self.run.metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+
+def execute(name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool = False) -> NoReturn:
+    """Runs a stage and ends the process: 0, 2 after an error of this project (one clear message), 143 after SIGTERM.
+
+    - `sections`: the parameters that the stage uses, for MLflow.
+    - `resumable`: the stage trains, and has a resume folder.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _execute(name, body, sections, resumable)
+    except Dense2MoEError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _execute(name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool) -> None:
+    root = Path.cwd()
+    params = read_params(root)
+    [identity] = identify(root, name)
+    with contextlib.ExitStack() as stack:
+        resume = stack.enter_context(ResumeFolder(main_checkout(root) / RESUME_ROOT, identity)) if resumable else None
+        run = StageRun(root, identity, _earlier_run(resume))
+        if resume:
+            outs.write_text(resume.path / "mlflow_run", run.run_id)
+        status = "FAILED"
+        stage = Stage(name, root, params, identity, run, Progress(name), resume)
+        try:
+            run.tag(_circumstances(root))
+            run.params({"seed": params.seed, **sections(params)})
+            run.inputs()
+            body(stage)
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            stage.progress.close()
+            run.end(status)
+        if resume:
+            resume.finish()
+
+
+def _earlier_run(resume: ResumeFolder | None) -> str | None:
+    file = resume.path / "mlflow_run" if resume else None
+    return file.read_text().strip() if file and file.exists() else None
+
+
+def _circumstances(root: Path) -> dict[str, str]:
+    git = git_state(root)
+    tags = {f"version.{library}": version(library) for library in LIBRARIES}
+    tags |= {"version.python": sys.version.split()[0], "git.commit": git.commit, "git.branch": git.branch, "git.dirty": str(bool(git.dirty)).lower()}
+    if git.dirty:
+        tags["git.dirty_files"] = "\n".join(git.dirty)[:5000]
+    return tags | {"mlflow.source.git.commit": git.commit}
+
+
+def _device(use_gpu: bool) -> str:
+    if not use_gpu:
+        return f"cpu x {os.cpu_count()}"
+    import ray  # loaded already: this is called inside `ray()`
+
+    kinds = {key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")}
+    return ", ".join(sorted(kinds)) or "gpu"
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    # Unwinds, so that the MLflow run is closed as KILLED and Ray's workers end.
+    sys.exit(128 + number)

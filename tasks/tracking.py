@@ -1,0 +1,301 @@
+"""MLflow: one run a stage, under the flow's run where there is one, and everything of all of them in one frame.
+
+- Without MLFLOW_TRACKING_URI: SQLite in the main checkout, absolute, the same from every worktree.
+- A stage's run has its fingerprint as a tag. A resumed stage re-opens its run; a cached one gets a small run that names the run it came from.
+- `python -m tasks.tracking cached STAGE...` logs cached stages; the flow calls it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Read by MLflow when it is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import pandas as pd  # noqa: E402 - after MLflow's settings
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from moe_core.errors import ConfigError, Dense2MoEError  # noqa: E402
+from tasks.curves import Point  # noqa: E402
+from tasks.fingerprint import Identity, identify  # noqa: E402
+from tasks.project import main_checkout  # noqa: E402
+
+EXPERIMENT = "dense2moe"
+PARENT = "DENSE2MOE_PARENT_RUN"
+"""Environment variable: id of the flow's run."""
+ANSWER_SECONDS = 5
+BATCH = 1000
+"""MLflow's limits for one call: 1000 metrics, 100 parameters, 100 tags."""
+SMALL_BATCH = 100
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the SQLite file of the main checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_checkout(root)}/mlflow.db"
+
+
+def connect(root: Path) -> MlflowClient:
+    """A client of the tracking store; raises ConfigError where a named server does not answer."""
+    uri = tracking_uri(root)
+    if urllib.parse.urlparse(uri).scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()  # noqa: S310 - http(s) only
+        except (urllib.error.URLError, OSError) as error:
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI is {uri}, but no MLflow server answers there ({error}); start one (`make up`), or unset the variable"
+                " to log to mlflow.db in the main checkout"
+            ) from error
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except MlflowException as error:
+        raise ConfigError(f"MLFLOW_TRACKING_URI is {uri}, which MLflow refuses: {error}") from error
+
+
+def experiment_id(client: MlflowClient, root: Path) -> str:
+    """The id of our experiment, made where it is missing; its artifacts lie beside a SQLite database."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    local = tracking_uri(root).startswith("sqlite:")
+    try:
+        return str(client.create_experiment(EXPERIMENT, (main_checkout(root) / "mlruns").as_uri() if local else None))
+    except MlflowException:
+        # Another stage, started at the same moment, has made it.
+        if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
+            raise
+        return str(found.experiment_id)
+
+
+class StageRun:
+    """The MLflow run of one stage."""
+
+    def __init__(self, root: Path, identity: Identity, earlier: str | None = None) -> None:
+        """Opens a run; `earlier` is the run that a killed attempt left open."""
+        self.client = connect(root)
+        self.identity = identity
+        self._experiment = experiment_id(self.client, root)
+        self._started = time.monotonic()
+        parent = os.environ.get(PARENT)
+        tags = {"stage": identity.stage, "fingerprint": identity.fingerprint}
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        run = self._reopen(earlier)
+        self.resumed = run is not None
+        if run is None:
+            run = self.client.create_run(self._experiment, run_name=identity.stage, tags=tags)
+        else:
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            self.tag(tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)})
+        self.run_id = run.info.run_id
+        self._seconds = float(run.data.tags.get("seconds", "0"))
+
+    def _reopen(self, earlier: str | None) -> Run | None:
+        if earlier is None:
+            return None
+        try:
+            run = self.client.get_run(earlier)
+        except MlflowException as error:
+            # The database was removed or another one is in use: then there is nothing to re-open.
+            print(f"MLflow run {earlier} of the killed attempt is not to be found ({error}); a new one begins", file=sys.stderr)
+            return None
+        self.run_id = run.info.run_id
+        return run
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Sets tags; those set before are replaced."""
+        items = [RunTag(name, value) for name, value in tags.items()]
+        for first in range(0, len(items), SMALL_BATCH):
+            self.client.log_batch(self.run_id, tags=items[first : first + SMALL_BATCH])
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Logs parameters under dotted names. On a resumed run they stand already, and are the same."""
+        if self.resumed:
+            return
+        items = [Param(name, str(value)) for name, value in flatten(values).items()]
+        for first in range(0, len(items), SMALL_BATCH):
+            self.client.log_batch(self.run_id, params=items[first : first + SMALL_BATCH])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Logs values of one step."""
+        self._log([Metric(name, float(value), _now(), step) for name, value in values.items()])
+
+    def points(self, points: Iterable[Point], prefix: str = "") -> None:
+        """Logs points of a curve as `<prefix><split>/<name>`."""
+        now = _now()
+        self._log([Metric(f"{prefix}{p.split}/{name}", value, now, p.step) for p in points for name, value in p.values.items()])
+
+    def _log(self, metrics: list[Metric]) -> None:
+        for first in range(0, len(metrics), BATCH):
+            self.client.log_batch(self.run_id, metrics=metrics[first : first + BATCH])
+
+    def last_step(self, prefix: str) -> int:
+        """The last step that an earlier attempt logged of the metrics under a prefix (`train/`), -1 without one."""
+        if not self.resumed:
+            return -1
+        names = [name for name in self.client.get_run(self.run_id).data.metrics if name.startswith(prefix)]
+        return max((m.step for name in names for m in self.client.get_metric_history(self.run_id, name)), default=-1)
+
+    def inputs(self) -> None:
+        """Logs every data dependency as a dataset whose digest is its DVC hash."""
+        data = [
+            DatasetInput(Dataset(name=path, digest=md5, source_type="dvc", source=f'{{"path": "{path}"}}'), [InputTag("mlflow.data.context", "input")])
+            for path, md5 in self.identity.data().items()
+        ]
+        if data and not self.resumed:
+            self.client.log_inputs(self.run_id, datasets=data)
+
+    def image(self, name: str, picture: Image.Image) -> None:
+        """Logs one picture as an artifact."""
+        self.client.log_image(self.run_id, picture, artifact_file=f"images/{name}")
+
+    def model(self, name: str, checkpoint: Path, metrics: Mapping[str, float]) -> None:
+        """Records that this run made a model, which lies at `checkpoint` and in the DVC cache; no copy is taken."""
+        record = self.client.create_logged_model(
+            self._experiment,
+            name=name,
+            source_run_id=self.run_id,
+            tags={"path": str(checkpoint), "stage": self.identity.stage, "fingerprint": self.identity.fingerprint},
+            model_type="diffusers",
+        )
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(record.model_id, step=0)])
+        for key, value in metrics.items():
+            self.client.log_metric(self.run_id, f"model/{key}", float(value), model_id=record.model_id)
+        self.client.finalize_logged_model(record.model_id, LoggedModelStatus.READY)
+
+    def end(self, status: str) -> None:
+        """Closes the run: FINISHED, FAILED or KILLED. Wall time adds up over resumed attempts."""
+        self.tag({"seconds": f"{self._seconds + time.monotonic() - self._started:.1f}"})
+        self.client.set_terminated(self.run_id, status=status)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names; lists stay values."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def log_cached(root: Path, stages: Iterable[str]) -> dict[str, str | None]:
+    """For stages that DVC found unchanged: a run under the parent with the metrics of the run that made them, named in tag `cached_from`.
+
+    Returns stage -> run id of the maker, or None where the database does not know it (then the new run has no metrics).
+    """
+    client = connect(root)
+    experiment = experiment_id(client, root)
+    makers: dict[str, str | None] = {}
+    for identity in identify(root, *stages):
+        maker = _maker(client, experiment, identity)
+        makers[identity.stage] = maker.info.run_id if maker else None
+        tags = {"stage": identity.stage, "fingerprint": identity.fingerprint, "cached": "true"}
+        if parent := os.environ.get(PARENT):
+            tags["mlflow.parentRunId"] = parent
+        if maker:
+            tags["cached_from"] = maker.info.run_id
+        run = client.create_run(experiment, run_name=f"{identity.stage} (cached)", tags=tags)
+        if maker:
+            latest = [Metric(key, value, _now(), 0) for key, value in maker.data.metrics.items()]
+            client.log_batch(run.info.run_id, metrics=latest[:BATCH])
+        client.set_terminated(run.info.run_id, status="FINISHED")
+    return makers
+
+
+def _maker(client: MlflowClient, experiment: str, identity: Identity) -> Run | None:
+    found = client.search_runs(
+        [experiment],
+        f"tags.stage = '{identity.stage}' and tags.fingerprint = '{identity.fingerprint}' and attributes.status = 'FINISHED'",
+        max_results=50,
+        order_by=["attributes.start_time DESC"],
+    )
+    return next((run for run in found if "cached" not in run.data.tags), None)
+
+
+def metrics_frame(root: Path | None = None, *, stage: str | None = None, fingerprints: Iterable[str] | None = None) -> pd.DataFrame:
+    """Metrics of all stages and runs: one row a run, metric and step.
+
+    Columns: stage (`mob_kd-M`; `teacher-vae` for an earlier phase of a stage), fingerprint, run_id, parent_run_id, status, cached_from,
+    start_time (ms), metric (`train/loss`), step, value. `stage` and `fingerprints` keep the rows of these only.
+    """
+    root = root or Path.cwd()
+    client = connect(root)
+    wanted = None if fingerprints is None else set(fingerprints)
+    rows: list[dict[str, Any]] = []
+    for run in _runs(client, experiment_id(client, root)):
+        tags = run.data.tags
+        if "stage" not in tags or (stage and tags["stage"] != stage) or (wanted is not None and tags.get("fingerprint") not in wanted):
+            continue
+        name = tags["stage"].replace("@", "-")
+        base = {
+            "fingerprint": tags.get("fingerprint"),
+            "run_id": run.info.run_id,
+            "parent_run_id": tags.get("mlflow.parentRunId"),
+            "status": run.info.status,
+            "cached_from": tags.get("cached_from"),
+            "start_time": run.info.start_time,
+        }
+        for metric in run.data.metrics:
+            history = client.get_metric_history(run.info.run_id, metric)
+            # `vae/train/loss` is of an earlier phase of the stage.
+            phase, _, rest = metric.partition("/")
+            shown = (f"{name}-{phase}", rest) if "/" in rest else (name, metric)
+            rows.extend(base | {"stage": shown[0], "metric": shown[1], "step": m.step, "value": m.value} for m in history)
+    columns = ["stage", "fingerprint", "run_id", "parent_run_id", "status", "cached_from", "start_time", "metric", "step", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _runs(client: MlflowClient, experiment: str) -> Iterable[Run]:
+    token = None
+    while True:
+        page = client.search_runs([experiment], run_view_type=ViewType.ACTIVE_ONLY, max_results=BATCH, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def main(arguments: list[str]) -> int:
+    """`cached STAGE...`"""
+    if len(arguments) < 2 or arguments[0] != "cached":
+        print("usage: python -m tasks.tracking cached STAGE [STAGE...]", file=sys.stderr)
+        return 2
+    try:
+        for stage, maker in log_cached(Path.cwd(), arguments[1:]).items():
+            print(f"{stage}: cached, made by run {maker or 'unknown to this database'}")
+    except Dense2MoEError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

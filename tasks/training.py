@@ -1,0 +1,228 @@
+"""The training loop, as it runs in every worker.
+
+- Step, sample positions and learning rate are functions of the step number; a resumed run differs in nothing from one never killed.
+- The global batch is cut into equal consecutive parts, one a rank; gradients and logged values are means over ranks.
+- Rank 0 writes `metrics.jsonl` (every step's losses) and the checkpoints; whoever started the workers reads them there.
+- Everything lies in the resume folder of the stage: `<phase>/step-*`, `<phase>/metrics.jsonl`, `<phase>/product/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_core.config import OptimizerConfig
+from moe_core.errors import ConfigError, Dense2MoEError, TrainingError
+from moe_core.training import Trainee
+from tasks import checkpoints, optimizer, outs
+from tasks.phase import METRICS, NOTES, PRODUCT, Phase, failure_file
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def here(cls, device: torch.device) -> Worker:
+        """This process's place in the process group; alone where there is none."""
+        if dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(0, 1, device)
+
+    def positions(self, step: int, batch_size: int) -> range:
+        """This rank's part of the global sample positions of a step."""
+        part = batch_size // self.size
+        first = step * batch_size + self.rank * part
+        return range(first, first + part)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def run(phases: list[Phase], folder: Path, device: torch.device, threads: int, seed: int) -> None:
+    """Trains phase after phase; one whose product stands is passed over. Called in every worker.
+
+    A Dense2MoEError is left in `folder` for the driver, since Ray wraps exceptions.
+    """
+    worker = Worker.here(device)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with _alone(folder, worker):
+            for phase in phases:
+                if not (folder / phase.name / PRODUCT).exists():
+                    _Loop(phase, folder / phase.name, worker, seed).run()
+                worker.barrier()
+    except Dense2MoEError as error:
+        outs.write_json(failure_file(folder), {"kind": type(error).__name__, "message": str(error)})
+        raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, worker: Worker) -> Iterator[None]:
+    """Rank 0 waits until the rank 0 of a killed driver, which may outlive it by seconds, no longer writes here."""
+    with (folder / "worker.lock").open("a") as lock:
+        if worker.rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        worker.barrier()
+        yield
+
+
+def build(phase: Phase, device: torch.device) -> Trainee:
+    """Calls the phase's builder, `package.module:function`, with its arguments and the device."""
+    module, _, function = phase.build.partition(":")
+    return getattr(importlib.import_module(module), function)(device=device, **phase.arguments)
+
+
+@dataclass
+class _Loop:
+    """One phase in one worker."""
+
+    phase: Phase
+    folder: Path
+    worker: Worker
+    seed: int
+    pending: list[tuple[int, dict[str, Tensor], float]] = field(default_factory=list)
+
+    def run(self) -> None:
+        config = self.phase.optimizer
+        if config.batch_size % self.worker.size:
+            raise ConfigError(
+                f"{self.phase.name}: batch_size is {config.batch_size}; it must be a multiple of the"
+                f" {self.worker.size} workers (compute.num_workers)"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a builder draws without a seed of its own is the same in every worker and every run.
+        torch.manual_seed(self.seed)
+        trainee = build(self.phase, self.worker.device)
+        trainee.module.train()
+        parameters = checkpoints.trained(trainee.module)
+        if not parameters:
+            raise ConfigError(f"{self.phase.name}: no parameter is trained; check the parts that `train` lists")
+        optim = optimizer.build(config, parameters.values())
+        step = self._restore(trainee.module, optim)
+        self._truncate(step)
+        module: nn.Module = trainee.module
+        if self.worker.size > 1:
+            # A block that no sample of this rank chose has no gradient here.
+            module = DistributedDataParallel(trainee.module, find_unused_parameters=True)
+        if step == 0:
+            self._validate(trainee, 0)
+        while step < config.steps:
+            self._step(trainee, module, optim, list(parameters.values()), step)
+            step += 1
+            last = step == config.steps
+            if step % self.phase.log_every == 0 or last:
+                self._flush()
+            if step % self.phase.validate_every == 0 or last:
+                self._flush()
+                self._validate(trainee, step)
+            if step % self.phase.checkpoint_every == 0 or last:
+                self._flush()
+                if self.worker.rank == 0:
+                    checkpoints.save(self.folder, step, trainee.module, optim)
+        if self.worker.rank == 0:
+            with outs.folder(self.folder / PRODUCT) as product:
+                trainee.save(product)
+
+    def _step(self, trainee: Trainee, module: nn.Module, optim: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int) -> None:
+        config = self.phase.optimizer
+        started = time.monotonic()
+        # Nothing should draw from the global generator; if something does, it draws by step and rank.
+        torch.manual_seed(self.seed + step * self.worker.size + self.worker.rank)
+        for group in optim.param_groups:
+            group["lr"] = optimizer.learning_rate(config, step)
+        batch = trainee.batch(self.worker.positions(step, config.batch_size))
+        optim.zero_grad(set_to_none=True)
+        with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            losses = module(batch)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        optim.step()
+        record = {name: value.detach() for name, value in losses.items()} | {"grad_norm": norm.detach()}
+        self.pending.append((step + 1, record, time.monotonic() - started))
+
+    def _flush(self) -> None:
+        """Writes the losses of the steps since the last flush: means over ranks. Raises TrainingError at a loss that is no number."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][1])
+        values = torch.stack([torch.stack([record[name].float() for name in names]) for _, record, _ in self.pending])
+        rows = self.worker.mean(values).tolist()
+        records = [
+            {"split": "train", "step": step, **dict(zip(names, row, strict=True)), "seconds": round(seconds, 4)}
+            for (step, _, seconds), row in zip(self.pending, rows, strict=True)
+        ]
+        self.pending.clear()
+        self._write(records)
+        for record in records:
+            if not math.isfinite(record["loss"]):
+                raise TrainingError(
+                    f"{self.phase.name}: the loss is {record['loss']} at step {record['step']}; a lower learning_rate"
+                    f" (now {self.phase.optimizer.learning_rate:g}) or grad_clip may help"
+                )
+
+    def _validate(self, trainee: Trainee, step: int) -> None:
+        # On every rank, so that what the module gathers over ranks is there; the result is the same on each.
+        metrics = trainee.validate()
+        self._write([{"split": "validation", "step": step, **metrics}])
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        if self.worker.rank == 0:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                # Before a checkpoint stands, the metrics up to it do.
+                os.fsync(file.fileno())
+
+    def _restore(self, module: nn.Module, optim: torch.optim.Optimizer) -> int:
+        """Loads the newest whole checkpoint, the same one on every rank; returns its step, 0 without one."""
+        found: list[Path | None] = [None]
+        if self.worker.rank == 0:
+            found[0], broken = checkpoints.newest(self.folder)
+            lines = [f"passed over: {problem}" for problem in broken]
+            lines += [f"{self.phase.name} goes on from {found[0]}"] if found[0] else []
+            with (self.folder.parent / NOTES).open("a", encoding="utf-8") as notes:
+                notes.writelines(line + "\n" for line in lines)
+        if self.worker.size > 1:
+            dist.broadcast_object_list(found)
+        if found[0] is None:
+            return 0
+        checkpoints.load(found[0], module, optim)
+        return checkpoints.check(found[0])
+
+    def _truncate(self, step: int) -> None:
+        """Drops the records after `step`, and a line cut short by a kill: they will be written again."""
+        path = self.folder / METRICS
+        if self.worker.rank != 0 or not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        # A step without a checkpoint starts at the very beginning, validation of step 0 included.
+        outs.write_text(path, "".join(line + "\n" for line in kept) if step else "")
