@@ -1,0 +1,128 @@
+"""The numbers of the report: the table in the shape of the paper's Table 1, and the paper's own ratios beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tasks.report_inputs import Evaluation, Inputs
+
+TITLES = {"teacher": "Teacher (dense)", "shared": "Shared experts only"}
+
+KIND_TITLES = {
+    "single_object": "One object",
+    "two_object": "Two objects",
+    "counting": "Counting",
+    "colors": "Colours",
+    "position": "Position",
+    "color_attr": "Colour attribution",
+}
+"""GenEval's six task kinds, in its order."""
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One level in the paper's Table 1, over its FLUX.1 [dev] row."""
+
+    activated: float
+    flops: float
+    latency: float
+    geneval: float
+
+
+PAPER = {
+    "L": PaperRow(5.15 / 11.90, 43.42 / 66.00, 17.80 / 21.20, 0.5702 / 0.6595),
+    "M": PaperRow(4.01 / 11.90, 35.70 / 66.00, 14.37 / 21.20, 0.4758 / 0.6595),
+    "S": PaperRow(3.19 / 11.90, 26.43 / 66.00, 9.57 / 21.20, 0.4441 / 0.6595),
+    "XS": PaperRow(2.64 / 11.90, 20.26 / 66.00, 8.74 / 21.20, 0.4036 / 0.6595),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model. Ratios are over the teacher's."""
+
+    model: str
+    title: str
+    evaluation: Evaluation
+    accuracy_ratio: float
+    kind_ratios: dict[str, float | None]
+    activated_ratio: float
+    paper_ratio: float
+    flops_ratio: float
+    latency_ratios: dict[int, float]
+
+
+def title(model: str) -> str:
+    """A model's name for people."""
+    return TITLES.get(model, f"MoE-{model}")
+
+
+def kinds(inputs: Inputs) -> list[str]:
+    """The task kinds that were evaluated, in GenEval's order, others last."""
+    present = inputs.evaluations["teacher"].accuracy_by_kind
+    return [k for k in KIND_TITLES if k in present] + sorted(k for k in present if k not in KIND_TITLES)
+
+
+def rows(inputs: Inputs) -> list[Row]:
+    """The table, one row a model."""
+    teacher = inputs.evaluations["teacher"]
+    result = []
+    for model in inputs.models:
+        own = inputs.evaluations[model]
+        result.append(
+            Row(
+                model=model,
+                title=title(model),
+                evaluation=own,
+                accuracy_ratio=_ratio(own.accuracy, teacher.accuracy) or 0.0,
+                kind_ratios={
+                    k: _ratio(own.accuracy_by_kind.get(k, 0.0), teacher.accuracy_by_kind[k]) for k in kinds(inputs)
+                },
+                activated_ratio=own.params.activated / teacher.params.activated,
+                paper_ratio=own.params.activated_paper / teacher.params.activated_paper,
+                flops_ratio=own.flops / teacher.flops,
+                latency_ratios={
+                    size: inputs.latency.models[model][str(size)].ratio for size in inputs.latency.batch_sizes
+                },
+            )
+        )
+    return result
+
+
+def _ratio(value: float, base: float) -> float | None:
+    """value / base, or None where the base is 0: a ratio to nothing is not a number to show."""
+    return value / base if base else None
+
+
+def quantity(value: float, digits: int = 3) -> str:
+    """A count in units of k, M, G or T with so many significant digits: 1234567 -> 1.23 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{_significant(value / size, digits)} {unit}"
+    return _significant(value, digits)
+
+
+def parameters(count: float) -> str:
+    """A parameter count: billions are B, as everyone writes them."""
+    return quantity(count).replace(" G", " B")
+
+
+def _significant(value: float, digits: int) -> str:
+    whole = len(str(int(abs(value))))
+    return f"{value:.{max(digits - whole, 0)}f}"
+
+
+def percent(share: float) -> str:
+    """0.9146 -> 91.5 %"""
+    return f"{100 * share:.1f} %"
+
+
+def small(value: float | None) -> str:
+    """A loss or distance with three significant digits; a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{value:.3g}"
+
+
+def joined(items: Sequence[str]) -> str:
+    """a, b and c"""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
