@@ -1,0 +1,112 @@
+"""`make demo`: the whole pipeline on the demo preset as a Prefect flow, and its reports brought into this checkout.
+
+- Uses the stack of `make up` if it runs; otherwise a Prefect server of its own, for as long as the run takes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows import processes
+from flows.ray_head import free_port
+from flows.services import Ports, Services, existing
+from flows.workspace import RunFailed, checkout_root, git, python_environment
+from moe_core.errors import ConfigError, Dense2MoEError
+
+EXPERIMENT = "demo"
+
+
+@contextmanager
+def prefect_environment(checkout: Path) -> Iterator[dict[str, str]]:
+    """Variables of the running stack, or of a Prefect server that lives as long as the block."""
+    running = existing(checkout)
+    if running is not None:
+        print(f"using the running stack:\n{running.describe()}", flush=True)
+        yield running.environment()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="d2m-demo-"))
+    server = Services(checkout, Ports(prefect=free_port(), mlflow=0, ray=0, dashboard=0), state=folder)
+    try:
+        server.start_prefect()
+        server.wait_prefect()
+        yield {"PREFECT_API_URL": server.prefect_api, "PREFECT_HOME": str(folder / "prefect")}
+    finally:
+        processes.stop([server.record("prefect")])
+        shutil.rmtree(folder)
+
+
+def conflicts(checkout: Path, experiment: str) -> list[str]:
+    """Uncommitted files of the checkout that `dvc exp apply` would overwrite with the experiment's."""
+    changed = {line[3:].split(" -> ")[-1].strip('"') for line in _status(checkout)}
+    reference = _reference(checkout, experiment)
+    theirs = set(git("diff", "--name-only", "HEAD", reference, cwd=checkout).splitlines())
+    return sorted(changed & theirs)
+
+
+def apply(checkout: Path, experiment: str) -> None:
+    """Brings a sealed experiment into the checkout: parameters, dvc.lock, reports and what DVC holds.
+
+    Raises ConfigError if that would overwrite what the user has not committed.
+    """
+    if lost := conflicts(checkout, experiment):
+        raise ConfigError(
+            f"uncommitted changes of {', '.join(lost)} would be overwritten; commit or stash them, then bring the"
+            f" finished run here with `dvc exp apply {experiment}`"
+        )
+    command = [sys.executable, "-m", "dvc", "exp", "apply", experiment]
+    done = subprocess.run(command, cwd=checkout, env=python_environment(checkout), capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed(f"`dvc exp apply {experiment}` failed: {done.stderr.strip()}")
+
+
+def summary(reports: Path) -> str:
+    """The models' metrics as a table of plain text, from reports/eval."""
+    rows = [(file.stem, json.loads(file.read_text())) for file in sorted(reports.glob("eval/*.json"))]
+    columns = [key for key, value in rows[0][1].items() if isinstance(value, (int, float))] if rows else []
+    table = [["model", *columns]]
+    table += [[name, *(f"{values.get(column, float('nan')):.4g}" for column in columns)] for name, values in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+
+
+def _status(checkout: Path) -> list[str]:
+    return git("status", "--porcelain", "--untracked-files=all", cwd=checkout).splitlines()
+
+
+def _reference(checkout: Path, experiment: str) -> str:
+    found = git("for-each-ref", "--format=%(refname)", "refs/exps", cwd=checkout).splitlines()
+    return next(reference for reference in found if reference.endswith(f"/{experiment}"))
+
+
+def main() -> int:
+    """Runs the demo; an error is one line, without a traceback. Returns the exit status."""
+    checkout = checkout_root()
+    name = f"{EXPERIMENT}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        with prefect_environment(checkout) as extra:
+            command = [sys.executable, "-m", "flows.pipeline", "--experiment", EXPERIMENT, "--name", name]
+            # The flow's own process: Prefect reads its settings when it is imported.
+            run = subprocess.run(command, cwd=checkout, env={**python_environment(checkout), **extra})
+        if run.returncode:
+            print(f"the run {name} failed; what it says above names the stage", file=sys.stderr)
+            return run.returncode
+        apply(checkout, name)
+    except Dense2MoEError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"\n{summary(checkout / 'reports')}\n\nreport: {checkout / 'reports' / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
