@@ -26,7 +26,10 @@ from tasks.report_table import title
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 ACCENT, SECOND = "#1f6f8b", "#d1603d"
-PARTS = ("#1f6f8b", "#78a9b8", "#d1603d", "#e8b04b", "#8a6fa8", "#93a35a", "#b3bcc6")
+PARTS = (
+    *("#1f6f8b", "#78a9b8", "#d1603d", "#e8b04b", "#8a6fa8", "#93a35a"),
+    *("#4d5a66", "#c98ba3", "#5fae9a", "#a9713f", "#b3bcc6"),
+)
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -216,10 +216,14 @@ def _blocks(inputs: Inputs) -> list[Finding]:
 def _evaluator(inputs: Inputs) -> list[Finding]:
     own = inputs.evaluator
     text = (
-        f"The evaluator's classifier reads {percent(own['test_accuracy'])} of {own['test_images']} real digits right"
-        " that neither it nor the generator was trained on; the scores above carry its errors."
+        f"The evaluator's classifier reads {percent(own.test_accuracy)} of {own.test_images} real digits right"
+        " that neither it nor the generator was trained on"
     )
-    return [Finding("note", text)]
+    if own.scene_accuracy is None:
+        return [Finding("note", f"{text}; the scores above carry its errors.")]
+    return [
+        Finding("note", f"{text}, and {percent(own.scene_accuracy)} of real scenes: a perfect model would score that.")
+    ]
 
 
 def _data(inputs: Inputs) -> list[Finding]:

@@ -30,12 +30,12 @@ class Record(BaseModel):
 
 
 class ParameterCounts(Record):
-    """Parameters of one transformer; `by_module` splits the activated ones."""
+    """Parameters of one transformer; `by_module` splits the activated ones (a MoB group's shares may be fractions)."""
 
     total: int
     activated: int
     activated_paper: int
-    by_module: dict[str, int]
+    by_module: dict[str, float]
 
 
 class Evaluation(Record):
@@ -69,6 +69,14 @@ class StageSummary(Record):
     fingerprint: str
     metrics: dict[str, Any]
     groups: dict[str, list[list[int]]] | None = None
+
+
+class Evaluator(Record):
+    """The metrics of stage `evaluator`: its classifier on unseen digits, and the whole detector on real scenes."""
+
+    test_images: int
+    test_accuracy: float
+    scene_accuracy: float | None = None
 
 
 class Latency(Record):
@@ -141,7 +149,7 @@ class Inputs:
     images: Path
     curves: Mapping[str, pd.DataFrame]
     groups: Mapping[str, Mapping[str, list[list[int]]]]
-    evaluator: Mapping[str, Any]
+    evaluator: Evaluator
     latency: LatencyReport
     block_change: BlockChange
     manifest: Manifest
@@ -197,7 +205,7 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
         images=data / "images",
         curves={stage: _curve(reports, stage, frame) for stage in trained_stages(params)},
         groups={level: _groups(reports, level) for level in params.mob.levels},
-        evaluator=_record(StageSummary, reports / "stages" / "evaluator.json", "evaluator").metrics,
+        evaluator=_evaluator(reports),
         latency=latency,
         block_change=_record(BlockChange, data / "importance" / "block_change.json", "importance"),
         manifest=_record(Manifest, data / "shards" / "manifest.json", "shard"),
@@ -251,6 +259,11 @@ def _owner(curve: str) -> str:
 def _summary(reports: Path, stage: str) -> StageSummary:
     """`stage` as in file names, `mob_kd-M`."""
     return _record(StageSummary, reports / "stages" / f"{stage}.json", stage.replace("-", "@"))
+
+
+def _evaluator(reports: Path) -> Evaluator:
+    metrics = _summary(reports, "evaluator").metrics
+    return _parse(Evaluator, json.dumps(metrics), str(reports / "stages" / "evaluator.json"), "evaluator")
 
 
 def _groups(reports: Path, level: str) -> Mapping[str, list[list[int]]]:

@@ -48,7 +48,7 @@ def write_inputs(root: Path) -> None:
         if stage.startswith("mob_kd-"):
             summary["groups"] = GROUPS[stage.removeprefix("mob_kd-")]
         _write(root / "reports" / "stages" / f"{stage}.json", summary)
-    evaluator = {"train_images": 377, "test_images": 162, "test_accuracy": 0.981}
+    evaluator = {"train_images": 377, "test_images": 162, "test_accuracy": 0.981, "scene_accuracy": 0.974}
     _write(
         root / "reports" / "stages" / "evaluator.json",
         {"stage": "evaluator", "fingerprint": "ba9876543210", "metrics": evaluator},
@@ -119,9 +119,19 @@ def evaluation(model: str, index: int, rng: np.random.Generator) -> Mapping[str,
             "activated": activated,
             "activated_paper": int(0.93 * activated) if index > 1 else activated,
             "by_module": {
-                "attention": activated * 3 // 10,
-                "ffn": activated * 5 // 10,
-                "adaln": activated - activated * 8 // 10,
+                name: activated * share
+                for name, share in (
+                    ("double.attention", 0.13),
+                    ("double.ffn", 0.15),
+                    ("double.ffn_context", 0.15),
+                    ("double.adaln", 0.05),
+                    ("single.attention", 0.18),
+                    ("single.ffn", 0.2),
+                    ("single.adaln", 0.05),
+                    ("block_routers", 0.01),
+                    ("embedders", 0.06),
+                    ("output", 0.02),
+                )
             },
         },
         "flops": 1.21e8 * activated / ACTIVATED["teacher"],
