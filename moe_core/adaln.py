@@ -94,11 +94,13 @@ def compressed_weights(
 def compress(
     student: FluxTransformer2DModel, teacher: FluxTransformer2DModel, vectors_ND: Tensor, ridge: float = 1e-3
 ) -> None:
-    """Sets the student's embedder outputs and AdaLN linears, in place, to the compression of the teacher's."""
+    """Sets the student's embedders and AdaLN linears, in place, to the compression of the teacher's."""
     conditioning_dim = student.config.get("conditioning_dim")
     if conditioning_dim is None:
         raise ConfigError("the student's conditioning_dim is null; a compression needs the width to compress to")
-    student.load_state_dict(compressed_weights(teacher, vectors_ND, conditioning_dim, ridge), strict=False)
+    weights = {f"time_text_embed.{name}": tensor for name, tensor in teacher.time_text_embed.state_dict().items()}
+    weights.update(compressed_weights(teacher, vectors_ND, conditioning_dim, ridge))
+    student.load_state_dict(weights, strict=False)
 
 
 @torch.no_grad()
@@ -108,8 +110,9 @@ def modulation_error(
     """Relative error of every AdaLN layer's modulations: sum |student - teacher|^2 / sum |teacher - its mean|^2, over
     the vectors.
 
-    1 is what a constant would get. The layers are those of the teacher; the student's must have the same names, so it
-    has no MoB groups.
+    1 is what a constant would get. It is meant for a student as converted: one whose embedders were trained since no
+    longer answers to the teacher's vectors. The layers are those of the teacher; the student's must have the same
+    names, so it has no MoB groups.
     """
     y_ND = _checked(teacher, vectors_ND)
     student_linears = adaln_linears(student)

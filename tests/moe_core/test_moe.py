@@ -1,0 +1,190 @@
+"""The MoE layer against eq. 2-3 written out token by token, and the backends against each other."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_core import backends
+from moe_core.errors import ConfigError
+from moe_core.moe import MoELayer
+
+
+def make_layer(
+    top_k: int = 2, gate_norm: str = "renormalize", backend: str = "loop", dtype=torch.float64, seed: int = 0
+) -> MoELayer:
+    torch.manual_seed(seed)
+    # A wide router, so that choices are clear-cut.
+    layer = MoELayer(16, 16, 8, 6, top_k, gate_norm=gate_norm, router_init_std=0.5).to(dtype)
+    layer.backend = backend
+    return layer
+
+
+def mlp(x_D: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    hidden = w1 @ x_D + b1
+    gelu = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    return w2 @ gelu
+
+
+def slow_reference(layer: MoELayer, x_BTD: Tensor) -> Tensor:
+    """Eq. 2 and 3, a token at a time."""
+    shared, y_BTD = layer.shared, torch.empty_like(x_BTD)
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in x_BTD.shape[:2])).tolist():
+        x_D = x_BTD[tuple(place)]
+        alpha = torch.exp(layer.router.weight @ x_D)
+        alpha = alpha / alpha.sum()
+        chosen = sorted(range(layer.num_experts), key=lambda i: -float(alpha[i]))[: layer.top_k]
+        total = mlp(x_D, shared.proj_in.weight, shared.proj_in.bias, shared.proj_out.weight) + shared.proj_out.bias
+        for i in chosen:
+            gate = alpha[i] / sum(alpha[j] for j in chosen)
+            gate = {"renormalize": gate, "scale_to_k": gate * layer.top_k, "unit": 1.0}[layer.router.gate_norm]
+            total = total + gate * mlp(x_D, layer.w1_EFD[i], layer.b1_EF[i], layer.w2_EDF[i])
+        y_BTD[tuple(place)] = total
+    return y_BTD
+
+
+@pytest.mark.parametrize("gate_norm", ["renormalize", "scale_to_k", "unit"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+@torch.no_grad()
+def test_layer_is_equations_2_and_3(top_k: int, gate_norm: str):
+    layer = make_layer(top_k, gate_norm)
+    x_BTD = torch.randn(2, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer(x_BTD), slow_reference(layer, x_BTD), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["one token", "non-contiguous", "all to one expert"])
+def test_layer_on_unusual_input(case: str):
+    layer = make_layer()
+    x_BTD = torch.randn(2, 7, 16, dtype=torch.float64)
+    if case == "one token":
+        x_BTD = x_BTD[:1, :1]
+    elif case == "non-contiguous":
+        x_BTD = torch.randn(16, 7, 4, dtype=torch.float64).permute(2, 1, 0)[::2]
+        assert not x_BTD.is_contiguous()
+    else:
+        layer.set_top_k(1)
+        x_BTD = x_BTD.abs()
+        layer.router.weight.zero_()[3] = 1.0
+        assert (layer.router(x_BTD).indices_TK == 3).all()
+    torch.testing.assert_close(layer(x_BTD), slow_reference(layer, x_BTD), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate_norm", ["renormalize", "scale_to_k"])
+def test_gradients_in_fp64(gate_norm: str):
+    layer = make_layer(gate_norm=gate_norm)
+    x_BTD = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*layer.named_parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values)), (x,))
+
+    inputs = (x_BTD, *(p.detach().clone().requires_grad_() for p in parameters))
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_unit_gate_is_one_and_still_moves_the_router():
+    layer = make_layer(gate_norm="unit")
+    x_BTD = torch.randn(2, 5, 16, dtype=torch.float64)
+    assert (layer.router(x_BTD).gates_TK == 1).all()
+    layer(x_BTD).square().sum().backward()
+    assert layer.router.weight.grad.abs().sum() > 0
+
+
+def gradients(layer: MoELayer, x_BTD: Tensor) -> dict[str, Tensor]:
+    x_BTD = x_BTD.clone().requires_grad_()
+    layer.zero_grad()
+    output = layer(x_BTD)
+    output.sum().backward()  # an expanded gradient, which grouped_mm by itself refuses
+    return {"output": output.detach(), "input": x_BTD.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_grouped_mm_equals_loop(tokens: int):
+    layer = make_layer(dtype=torch.float32)
+    layer.router.weight.data[4:] = -5.0  # never chosen, as the input is positive
+    x_BTD = torch.randn(1, tokens, 16).abs()
+    results = {}
+    for layer.backend in ("loop", "grouped_mm", "auto"):
+        results[layer.backend] = gradients(layer, x_BTD)
+    counts = layer.router(x_BTD).indices_TK.flatten().bincount(minlength=6)
+    assert (counts == 0).any()
+    for backend in ("grouped_mm", "auto"):
+        for name, value in results["loop"].items():
+            torch.testing.assert_close(
+                results[backend][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_autocast_reaches_the_experts(backend: str):
+    layer = make_layer(dtype=torch.float32, backend=backend)
+    x_BTD = torch.randn(2, 9, 16)
+    exact = layer(x_BTD)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x_BTD)
+        assert layer.router(x_BTD).probs_TE.dtype == torch.float32
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), exact, rtol=0.1, atol=0.05)
+
+
+def test_bf16_layer_routes_in_fp32():
+    routing = make_layer(dtype=torch.bfloat16).router(torch.randn(1, 3, 16, dtype=torch.bfloat16))
+    assert routing.probs_TE.dtype == routing.gates_TK.dtype == torch.float32
+    assert routing.probs_TE.shape == (1, 3, 6)
+
+
+def test_top_k_0_is_the_shared_expert_and_runs_no_router():
+    layer = make_layer()
+    layer.set_top_k(0)
+    layer.router.register_forward_hook(lambda *_: pytest.fail("the router ran"))
+    x_BTD = torch.randn(1, 3, 16, dtype=torch.float64)
+    assert torch.equal(layer(x_BTD), layer.shared(x_BTD))
+
+
+def test_no_experts_means_no_router():
+    layer = MoELayer(16, 16, 8, num_experts=0, top_k=0)
+    assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"shared"}
+    assert layer(torch.randn(1, 3, 16)).shape == (1, 3, 16)
+
+
+@pytest.mark.parametrize("top_k", [7, -1])
+def test_top_k_beyond_the_experts(top_k: int):
+    with pytest.raises(ConfigError, match=f"top_k is {top_k}, but there are 6 experts"):
+        make_layer(top_k)
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match="gate_norm is 'odd'"):
+        make_layer(gate_norm="odd")
+    with pytest.raises(ConfigError, match="backend is 'odd'"):
+        backends.check_name("odd")
+
+
+def test_backend_that_cannot_run_says_why():
+    x_BTD = torch.randn(1, 3, 16, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"grouped_mm.*float64"):
+        make_layer(backend="grouped_mm")(x_BTD)
+    with pytest.raises(ConfigError, match=r"megablocks.*CUDA"):
+        make_layer(backend="megablocks")(x_BTD)
+    odd = MoELayer(6, 6, 3, 6, 2)
+    odd.backend = "grouped_mm"
+    with pytest.raises(ConfigError, match="width is 6 and the expert width 3"):
+        odd(torch.randn(1, 3, 6))
+    odd.backend = "auto"
+    assert odd(torch.randn(1, 3, 6)).shape == (1, 3, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["grouped_mm", "megablocks"])
+def test_backends_on_cuda_equal_loop(backend: str):
+    if backend == "megablocks":
+        pytest.importorskip("megablocks")
+    layer = make_layer(dtype=torch.bfloat16).cuda()
+    x_BTD = torch.randn(2, 64, 16, dtype=torch.bfloat16, device="cuda")
+    expected = gradients(layer, x_BTD)
+    layer.backend = backend
+    for name, value in gradients(layer, x_BTD).items():
+        torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.05, msg=lambda m, n=name: f"{n}: {m}")
