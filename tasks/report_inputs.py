@@ -74,9 +74,9 @@ class StageSummary(Record):
 class Evaluator(Record):
     """The metrics of stage `evaluator`: its classifier on unseen digits, and the whole detector on real scenes."""
 
-    test_images: int
-    test_accuracy: float
-    scene_accuracy: float | None = None
+    test_digits: int
+    accuracy: float
+    detector_accuracy: float
 
 
 class Latency(Record):
