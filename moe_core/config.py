@@ -226,7 +226,7 @@ class MoBGroupsConfig(Section):
 class MoBLevelConfig(Section):
     """One sparsity level (M, S, XS)."""
 
-    init: str = Field(description="checkpoint it starts from, below data/checkpoints: `moe`, or `mob/M`")
+    init: str = Field(description="model it starts from, below data: `checkpoints/moe`, `checkpoints/mob/M`, or `teacher`: dense")
     double: MoBGroupsConfig = MoBGroupsConfig()
     single: MoBGroupsConfig = MoBGroupsConfig()
 
@@ -261,6 +261,7 @@ class KDConfig(Section):
     timesteps: TimestepConfig
     validation_samples: int = Field(gt=0, description="fixed samples, noise and timesteps of the validation loss")
     importance_batch_size: int = Field(gt=0)
+    joint: bool = Field(False, description="moe_kd starts from the teacher instead of the trained shared experts (Table 5)")
     shared_expert: KDStageConfig
     moe: KDStageConfig
     mob: KDStageConfig

@@ -107,7 +107,8 @@ def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
             key, _, name = rest.partition(".")
             # A step counter stays on the CPU, where AdamW keeps it; moments follow their parameter.
             place = torch.device("cpu") if tensor.dim() == 0 else parameters[name].device
-            state.setdefault(parameters[name], {})[key] = tensor.to(place)
+            # Copied: a tensor mapped from a file may start at any byte, and CPU kernels then round otherwise.
+            state.setdefault(parameters[name], {})[key] = tensor.to(place, copy=True)
     for parameter, values in state.items():
         optimizer.state[parameter] = values
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_core import errors
 from moe_core.config import OptimizerConfig
+from tasks import outs
 
 METRICS = "metrics.jsonl"
 PRODUCT = "product"
+FAILURE = "failure.json"
 NOTES = "notes.log"
 """Lines that a worker wants its user to see, below the resume folder; Ray's own worker logs stay off the terminal."""
 
@@ -31,14 +34,20 @@ class Phase:
     checkpoint_every: int
 
 
-def failure_file(folder: Path) -> Path:
-    """Where a worker leaves the error it raised on purpose."""
-    return folder / "failure.json"
+def call(name: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def leave_failure(folder: Path, error: errors.Dense2MoEError) -> None:
+    """A worker leaves the error that it raised on purpose."""
+    outs.write_json(folder / FAILURE, {"kind": type(error).__name__, "message": str(error)})
 
 
 def take_failure(folder: Path) -> errors.Dense2MoEError | None:
     """The error a worker left, if any; it is removed."""
-    path = failure_file(folder)
+    path = folder / FAILURE
     if not path.exists():
         return None
     failure = json.loads(path.read_text())

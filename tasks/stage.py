@@ -10,17 +10,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_core.config import OptimizerConfig, Params
-from moe_core.errors import ConfigError, Dense2MoEError
-from tasks import curves, outs
-from tasks.curves import Curve, Point
+from moe_core.config import Params
+from moe_core.errors import Dense2MoEError
+from tasks import outs
 from tasks.fingerprint import Identity, identify
-from tasks.phase import METRICS, PRODUCT, Phase
 from tasks.progress import Progress
 from tasks.project import git_state, main_checkout, read_params
 from tasks.resume import ResumeFolder
@@ -42,8 +40,6 @@ class Stage:
     run: StageRun
     progress: Progress
     resume: ResumeFolder | None = None
-    points: dict[str, list[Point]] = field(default_factory=dict)
-    """phase -> its curve, after `train`"""
 
     @property
     def file_name(self) -> str:
@@ -59,44 +55,6 @@ class Stage:
         with cluster.connect(self.name.replace("@", "-"), self.params.compute):
             self.run.tag({"device": _device(self.params.compute.use_gpu)})
             yield
-
-    def train(self, phases: list[tuple[str, str, dict[str, Any], OptimizerConfig, int]]) -> Path:
-        """Trains phases, each (name, builder, arguments, optimizer, validate_every), in Ray workers; goes on from where a killed run was.
-
-        The first phases' curves are logged under their names, the last one's without. Returns the product folder of the last phase; it
-        lies in the resume folder, so move it from there.
-        """
-        # Ray Train brings torch: only training stages pay for it.
-        from tasks import launch
-
-        assert self.resume is not None
-        compute = self.params.compute
-        for name, _, _, config, _ in phases:
-            if compute.num_workers and config.batch_size % compute.num_workers:
-                raise ConfigError(
-                    f"{self.name} {name}: batch_size is {config.batch_size}; it must be a multiple of compute.num_workers,"
-                    f" which is {compute.num_workers}"
-                )
-        jobs = [Phase(*phase, log_every=compute.log_every, checkpoint_every=compute.checkpoint_every) for phase in phases]
-        folder = self.resume.path
-        prefixes = {job.name: "" if job is jobs[-1] else f"{job.name}/" for job in jobs}
-        # A resumed run goes on where the killed attempt stopped logging; what lies between is the same, bit for bit.
-        logged = {job.name: {s: self.run.last_step(f"{prefixes[job.name]}{s}/") for s in ("train", "validation")} for job in jobs}
-        drawn = {job.name: Curve(job.optimizer.steps) for job in jobs}
-
-        def watch(job: Phase, records: list[dict[str, Any]]) -> None:
-            points = [p for p in drawn[job.name].add(records) if p.step > logged[job.name][p.split]]
-            self.run.points(points, prefixes[job.name])
-            if trained := [r for r in records if r["split"] == "train"]:
-                self.progress.update(job.name, trained[-1]["step"], job.optimizer.steps, trained[-1]["loss"])
-
-        with contextlib.nullcontext() if compute.num_workers == 0 else self.ray():
-            launch.train(jobs, folder, compute, self.params.seed, watch)
-        for job in jobs:
-            self.points[job.name] = curves.read(folder / job.name / METRICS, job.optimizer.steps)
-            suffix = "" if job is jobs[-1] else f"-{job.name}"
-            curves.write(self.root / "reports" / "curves" / f"{self.file_name}{suffix}.csv", self.points[job.name])
-        return folder / jobs[-1].name / PRODUCT
 
     def summary(self, metrics: dict[str, Any], **more: Any) -> None:
         """Writes `reports/stages/<stage>.json`: what the stage came to; nothing that differs between equal runs."""

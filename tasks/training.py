@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
 import json
 import math
 import os
@@ -25,64 +24,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_core.config import OptimizerConfig
-from moe_core.errors import ConfigError, Dense2MoEError, TrainingError
+from moe_core.errors import ConfigError, TrainingError
 from moe_core.training import Trainee
 from tasks import checkpoints, optimizer, outs
-from tasks.phase import METRICS, NOTES, PRODUCT, Phase, failure_file
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train together."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def here(cls, device: torch.device) -> Worker:
-        """This process's place in the process group; alone where there is none."""
-        if dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size(), device)
-        return cls(0, 1, device)
-
-    def positions(self, step: int, batch_size: int) -> range:
-        """This rank's part of the global sample positions of a step."""
-        part = batch_size // self.size
-        first = step * batch_size + self.rank * part
-        return range(first, first + part)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks."""
-        if self.size > 1:
-            dist.all_reduce(values)
-            values /= self.size
-        return values
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.size > 1:
-            dist.barrier()
+from tasks.phase import METRICS, NOTES, PRODUCT, Phase, call
+from tasks.worker import Worker
 
 
 def run(phases: list[Phase], folder: Path, device: torch.device, threads: int, seed: int) -> None:
-    """Trains phase after phase; one whose product stands is passed over. Called in every worker.
-
-    A Dense2MoEError is left in `folder` for the driver, since Ray wraps exceptions.
-    """
+    """Trains phase after phase; one whose product stands is passed over. Called in every worker."""
     worker = Worker.here(device)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with _alone(folder, worker):
-            for phase in phases:
-                if not (folder / phase.name / PRODUCT).exists():
-                    _Loop(phase, folder / phase.name, worker, seed).run()
-                worker.barrier()
-    except Dense2MoEError as error:
-        outs.write_json(failure_file(folder), {"kind": type(error).__name__, "message": str(error)})
-        raise
+    with _alone(folder, worker):
+        for phase in phases:
+            if not (folder / phase.name / PRODUCT).exists():
+                _Loop(phase, folder / phase.name, worker, seed).run()
+            worker.barrier()
 
 
 @contextlib.contextmanager
@@ -93,12 +51,6 @@ def _alone(folder: Path, worker: Worker) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         worker.barrier()
         yield
-
-
-def build(phase: Phase, device: torch.device) -> Trainee:
-    """Calls the phase's builder, `package.module:function`, with its arguments and the device."""
-    module, _, function = phase.build.partition(":")
-    return getattr(importlib.import_module(module), function)(device=device, **phase.arguments)
 
 
 @dataclass
@@ -121,7 +73,7 @@ class _Loop:
         self.folder.mkdir(parents=True, exist_ok=True)
         # What a builder draws without a seed of its own is the same in every worker and every run.
         torch.manual_seed(self.seed)
-        trainee = build(self.phase, self.worker.device)
+        trainee: Trainee = call(self.phase.build)(device=self.worker.device, **self.phase.arguments)
         trainee.module.train()
         parameters = checkpoints.trained(trainee.module)
         if not parameters:

@@ -1,0 +1,98 @@
+"""Stage `importance`: Taylor scores of every FFN segment (eq. 6) and each block's change (Fig. 3), over the calibration split.
+
+The split is cut into fixed units of work; each unit's sums are kept, and added in the order of units. So the result does not depend on the
+number of workers, and a killed run goes on with the units that are left.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_core.config import Params, parse
+from tasks import outs
+from tasks.places import IMPORTANCE, SHARDS, TEACHER
+from tasks.stage import Stage, execute
+
+if TYPE_CHECKING:
+    import torch
+
+UNITS = "units"
+
+
+def importance(stage: Stage) -> None:
+    """Writes data/importance/."""
+    # Ray Train brings torch; after the parameters were checked.
+    from tasks import launch
+
+    assert stage.resume is not None
+    folder = stage.resume.path
+    (folder / UNITS).mkdir(exist_ok=True)
+    arguments = {"root": stage.root, "params": stage.params.model_dump(mode="json"), "units": folder / UNITS}
+    with stage.ray():
+        launch.workers("tasks.importance:work", arguments, folder, stage.params.compute)
+    with outs.folder(stage.root / IMPORTANCE) as out:
+        samples, loss = merge(folder / UNITS, out)
+    stage.summary({"samples": samples, "flow_matching_loss": loss / samples})
+
+
+def work(device: torch.device, threads: int, root: Path, params: dict[str, Any], units: Path) -> None:
+    """In every worker: each so many-th unit that is not there yet."""
+    # Torch and diffusers load in the workers, not in the driver.
+    import torch
+    from moe_core.data.latents import LatentDataset
+    from safetensors.torch import save_file
+
+    from moe_core import noise, sampling
+    from moe_core.importance import ImportanceAccumulator
+    from tasks.batches import make_batch
+    from tasks.worker import Worker
+
+    torch.set_num_threads(threads)
+    worker, config = Worker.here(device), parse(Params, params)
+    pipeline = sampling.load_pipeline(root / TEACHER).to(device)
+    data = LatentDataset(root / SHARDS, "calibration")
+    seed, size = noise.derive_seed(config.seed, "importance"), config.kd.importance_batch_size
+    for number, first in enumerate(range(0, len(data), size)):
+        target = units / f"{number:06d}"
+        if number % worker.size != worker.rank or target.exists():
+            continue
+        positions = range(first, min(first + size, len(data)))
+        accumulator = ImportanceAccumulator(pipeline.transformer)
+        batch = make_batch(pipeline, data, positions, seed, positions, config)
+        accumulator.update(batch, keys=data.get(positions)[1])
+        with outs.folder(target) as folder:
+            save_file({**accumulator.state, "conditioning": accumulator.conditioning_vectors()}, folder / "sums.safetensors")
+            outs.write_json(folder / "rows.json", {"blocks": accumulator.blocks, "rows": accumulator.rows})
+
+
+def merge(units: Path, out: Path) -> tuple[int, float]:
+    """Adds the units in order and writes the stage's files; returns the number of samples and their summed loss."""
+    import torch  # loaded already, by Ray Train
+    from safetensors.torch import load_file
+
+    from tasks import importance_files
+
+    sums: dict[str, torch.Tensor] = {}
+    conditioning, rows, blocks = [], [], []
+    for unit in sorted(units.glob("[0-9]*")):
+        tensors = load_file(unit / "sums.safetensors")
+        conditioning.append(tensors.pop("conditioning"))
+        for name, value in tensors.items():
+            sums[name] = sums[name] + value if name in sums else value
+        found = json.loads((unit / "rows.json").read_text())
+        blocks = found["blocks"]
+        rows += found["rows"]
+    samples, loss = int(sums.pop("samples")), float(sums.pop("loss"))
+    importance_files.save(out, sums, torch.cat(conditioning), blocks, rows)
+    return samples, loss
+
+
+def sections(params: Params) -> dict[str, Any]:
+    """The parameters that the stage uses."""
+    return {"kd": {"timesteps": params.kd.timesteps.model_dump(), "importance_batch_size": params.kd.importance_batch_size}}
+
+
+if __name__ == "__main__":
+    execute("importance", importance, sections, resumable=True)

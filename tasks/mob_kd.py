@@ -1,0 +1,64 @@
+"""Stage `mob_kd@LEVEL`: blocks are grouped into Mixtures of Blocks, which are distilled against the dense teacher (levels M, S, XS)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_core.config import Params, parse
+from moe_core.errors import ConfigError
+from tasks.distillation import distil
+from tasks.places import IMPORTANCE, MOB, TEACHER
+from tasks.stage import Stage, execute
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.kd_trainee import KDTrainee
+
+
+def mob_kd(level: str, stage: Stage) -> None:
+    """Writes data/checkpoints/mob/<level>/."""
+    if level not in stage.params.mob.levels:
+        raise ConfigError(f"level is {level}; mob.levels has {', '.join(stage.params.mob.levels)}")
+    distil(stage, "tasks.mob_kd:build", stage.params.kd.mob, MOB / level, _groups, level=level)
+
+
+def _groups(folder: Path) -> dict[str, Any]:
+    mob = json.loads((folder / "config.json").read_text())["mob"]
+    return {"groups": {"double": mob["double_groups"], "single": mob["single_groups"]}}
+
+
+def build(device: torch.device, root: str, params: dict[str, Any], level: str) -> KDTrainee:
+    """In a worker: the level's starting model with its groups and their routers."""
+    # Torch and diffusers load in the workers, not in the driver.
+    from moe_core import convert, noise, sampling
+    from moe_core.transformer import FluxMoETransformer2DModel
+    from tasks.importance_files import load
+    from tasks.kd_trainee import KDTrainee
+
+    config, place = parse(Params, params), Path(root)
+    chosen = config.mob.levels[level]
+    pipeline = sampling.load_pipeline(place / TEACHER)
+    # A dense start is the teacher once more: its own copy would be trained otherwise.
+    start = place / "data" / chosen.init
+    dense = (start / "transformer").is_dir()
+    student = sampling.load_pipeline(start).transformer if dense else FluxMoETransformer2DModel.from_pretrained(start)
+    seed = noise.derive_seed(config.seed, "conversion")
+    grouped = convert.to_mob(student, chosen, config.mob, load(place / IMPORTANCE).block_change, seed)
+    return KDTrainee(pipeline, grouped, config.kd.mob, config, place, f"mob_kd-{level}", device)
+
+
+def sections(level: str, params: Params) -> dict[str, Any]:
+    """The parameters that the stage uses."""
+    return {
+        "mob": {**params.mob.model_dump(exclude={"levels"}), "level": params.mob.levels[level].model_dump() if level in params.mob.levels else {}},
+        "kd": {"timesteps": params.kd.timesteps.model_dump(), "mob": params.kd.mob.model_dump()},
+    }
+
+
+if __name__ == "__main__":
+    execute(f"mob_kd@{sys.argv[1]}", partial(mob_kd, sys.argv[1]), partial(sections, sys.argv[1]), resumable=True)

@@ -1,0 +1,18 @@
+"""Where the stages' outs lie, relative to the checkout; dvc.yaml says the same."""
+
+from pathlib import Path
+
+SOURCE = Path("data/source")
+PROMPTS = Path("data/prompts.jsonl")
+TEACHER = Path("data/teacher")
+SHARDS = Path("data/shards")
+EVALUATOR = Path("data/evaluator")
+IMPORTANCE = Path("data/importance")
+SHARED_EXPERT = Path("data/checkpoints/shared_expert")
+MOE = Path("data/checkpoints/moe")
+MOB = Path("data/checkpoints/mob")
+IMAGES = Path("data/images")
+STAGE_REPORTS = Path("reports/stages")
+CURVES = Path("reports/curves")
+EVALUATIONS = Path("reports/eval")
+LATENCY = Path("reports/latency.json")

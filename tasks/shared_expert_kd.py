@@ -1,0 +1,48 @@
+"""Stage `shared_expert_kd`: every FFN cut down to its shared expert, AdaLN compressed, and both distilled (Sec. 3.2, enhanced MoE initialization)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_core.config import Params, parse
+from tasks.distillation import distil
+from tasks.places import IMPORTANCE, SHARED_EXPERT, TEACHER
+from tasks.stage import Stage, execute
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.kd_trainee import KDTrainee
+
+
+def shared_expert_kd(stage: Stage) -> None:
+    """Writes data/checkpoints/shared_expert/."""
+    distil(stage, "tasks.shared_expert_kd:build", stage.params.kd.shared_expert, SHARED_EXPERT, lambda folder: {})
+
+
+def build(device: torch.device, root: str, params: dict[str, Any]) -> KDTrainee:
+    """In a worker: the teacher, converted."""
+    # Torch and diffusers load in the workers, not in the driver.
+    from moe_core import convert, noise, sampling
+    from tasks.importance_files import load
+    from tasks.kd_trainee import KDTrainee
+
+    config, place = parse(Params, params), Path(root)
+    pipeline = sampling.load_pipeline(place / TEACHER)
+    found = load(place / IMPORTANCE)
+    seed = noise.derive_seed(config.seed, "conversion")
+    student = convert.to_shared(pipeline.transformer, found.scores, config.moe, found.conditioning, seed)
+    return KDTrainee(pipeline, student, config.kd.shared_expert, config, place, "shared_expert_kd", device)
+
+
+def sections(params: Params) -> dict[str, Any]:
+    """The parameters that the stage uses."""
+    return {
+        "moe": params.moe.model_dump(),
+        "kd": {"timesteps": params.kd.timesteps.model_dump(), "shared_expert": params.kd.shared_expert.model_dump()},
+    }
+
+
+if __name__ == "__main__":
+    execute("shared_expert_kd", shared_expert_kd, sections, resumable=True)

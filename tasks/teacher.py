@@ -1,0 +1,113 @@
+"""Stage `teacher`: the dense model as a complete diffusers `FluxPipeline` folder.
+
+- `model.source: train` trains a small one from nothing: the VAE first, then transformer and text encoders together.
+- `folder` and `hub` copy a given one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_core.config import ModelConfig, Params, parse
+from moe_core.errors import DataError
+from tasks import curves, outs
+from tasks.places import TEACHER
+from tasks.run_training import train_stage
+from tasks.stage import Stage, execute
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_core.training import Trainee
+
+
+def teacher(stage: Stage) -> None:
+    """Writes data/teacher/."""
+    model = stage.params.model
+    if model.training is None or model.source != "train":
+        _given(model, stage.root / TEACHER)
+        stage.summary({})
+        return
+    assert stage.resume is not None
+    shared = {"root": str(stage.root), "params": stage.params.model_dump(mode="json")}
+    vae = str(stage.resume.path / "vae" / "product")
+    config = model.training
+    trained = train_stage(
+        stage,
+        [
+            ("vae", "tasks.teacher:build_vae", shared, config.vae, config.validate_every),
+            ("transformer", "tasks.teacher:build_transformer", shared | {"vae": vae}, config.transformer, config.validate_every),
+        ],
+    )
+    with outs.folder(stage.root / TEACHER) as folder:
+        shutil.copytree(trained.product, folder, dirs_exist_ok=True)
+    metrics = {
+        f"{phase}_{split}_loss": curves.last(points, split)["loss"] for phase, points in trained.points.items() for split in ("train", "validation")
+    }
+    stage.summary({**metrics, "vae_steps": config.vae.steps, "transformer_steps": config.transformer.steps})
+    stage.run.model("teacher", stage.root / TEACHER, metrics)
+
+
+def _given(model: ModelConfig, folder: Path) -> None:
+    """Copies a pipeline from a folder or the hub."""
+    source = Path(str(model.path))
+    if model.source == "hub":
+        # Only here: a small preset needs no hub.
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(str(model.path), revision=model.revision))
+    if not (source / "model_index.json").is_file():
+        raise DataError(f"model.path is {model.path}, but {source / 'model_index.json'} does not exist; it must be a diffusers pipeline folder")
+    with outs.folder(folder) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
+def build_vae(device: torch.device, root: str, params: dict[str, Any]) -> Trainee:
+    """In a worker: the VAE of a new pipeline, and the pictures."""
+    # Torch and diffusers load in the workers, not in the driver, where they would cost seconds for nothing.
+    from moe_core import noise, small_flux, teacher_training
+    from tasks import pictures
+
+    config = parse(Params, params)
+    assert config.model.vae is not None
+    found = pictures.load(Path(root), config)
+    seed = noise.derive_seed(config.seed, "teacher-vae")
+    pipeline = small_flux.build_pipeline(config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights"))
+    vae = pipeline.vae.to(device)
+    return teacher_training.VAETrainee(vae, config.model.vae.kl_weight, found.train, found.validation, seed)
+
+
+def build_transformer(device: torch.device, root: str, params: dict[str, Any], vae: str) -> Trainee:
+    """In a worker: the same pipeline with the trained VAE, and the pictures' latents."""
+    # In the workers only, as above.
+    import torch
+    from diffusers import AutoencoderKL
+
+    from moe_core import noise, small_flux, teacher_training
+    from moe_core.teacher_training import LatentCaptions
+    from tasks import pictures
+
+    config = parse(Params, params)
+    assert config.model.training is not None
+    found = pictures.load(Path(root), config)
+    pipeline = small_flux.build_pipeline(config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights"))
+    # The trained VAE replaces the new one; it is finished, so it is not trained on.
+    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae).requires_grad_(False))
+    pipeline.to(device)
+    size = config.data.shard.batch_size
+    latents = [torch.cat([teacher_training.encode(pipeline.vae, part) for part in images.split(size)]) for images in (found.train, found.validation)]
+    return teacher_training.FlowTrainee(
+        pipeline,
+        config.model.guidance_scale,
+        config.model.max_sequence_length,
+        LatentCaptions(latents[0], found.train_captions),
+        LatentCaptions(latents[1], found.validation_captions),
+        config.model.training.timesteps,
+        noise.derive_seed(config.seed, "teacher-transformer"),
+    )
+
+
+if __name__ == "__main__":
+    execute("teacher", teacher, lambda p: {"model": p.model.model_dump()}, resumable=True)

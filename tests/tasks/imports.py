@@ -1,0 +1,42 @@
+"""What a module of this project imports, found by reading its source: also inside functions, which is where workers' imports stand."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("moe_core", "tasks")
+
+
+def closure(module: Path) -> set[str]:
+    """Every file of this project that `module` needs, itself included; paths relative to the root."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        path = todo.pop()
+        name = path.relative_to(ROOT).as_posix()
+        if name not in found:
+            found.add(name)
+            todo += direct(path)
+    return found
+
+
+@cache
+def direct(path: Path) -> tuple[Path, ...]:
+    """Files that a file imports itself, or names as `package.module:function` for a worker."""
+    files: list[Path] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ":" in node.value:
+            names = [node.value.partition(":")[0]]
+        for name in names:
+            file = ROOT / (name.replace(".", "/") + ".py")
+            if name.split(".")[0] in PACKAGES and file.is_file():
+                files.append(file)
+    return tuple(files)
