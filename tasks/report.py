@@ -108,6 +108,8 @@ def settings(params: Params) -> list[tuple[str, str]]:
         ("MoB KD", params.kd.mob),
     ):
         lines.append((name, _kd(stage)))
+    if params.kd.joint:
+        lines.append(("Joint", "MoE KD starts from the dense teacher, not from the trained shared experts"))
     lines.append(
         ("Sampling", f"{model.num_inference_steps} steps, guidance {model.guidance_scale:g}, seed {params.seed}")
     )

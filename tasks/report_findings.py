@@ -196,7 +196,8 @@ def _blocks(inputs: Inputs) -> list[Finding]:
         f"{title(model)} {group}"
         for model in inputs.models
         for group, shares in inputs.evaluations[model].block_use.items()
-        if max(shares) > ONE_SIDED
+        # a block that is always among the k active ones has a share of 1 / k
+        if max(shares) * inputs.params.mob.active > ONE_SIDED * sum(shares)
     ]
     if one_sided:
         text = (
@@ -216,14 +217,11 @@ def _blocks(inputs: Inputs) -> list[Finding]:
 def _evaluator(inputs: Inputs) -> list[Finding]:
     own = inputs.evaluator
     text = (
-        f"The evaluator's classifier reads {percent(own.test_accuracy)} of {own.test_images} real digits right"
-        " that neither it nor the generator was trained on"
+        f"The evaluator's classifier reads {percent(own.accuracy)} of {own.test_digits} real digits right that neither"
+        f" it nor the generator was trained on, and its detector {percent(own.detector_accuracy)} of real scenes: the most"
+        " that a perfect model would score."
     )
-    if own.scene_accuracy is None:
-        return [Finding("note", f"{text}; the scores above carry its errors.")]
-    return [
-        Finding("note", f"{text}, and {percent(own.scene_accuracy)} of real scenes: a perfect model would score that.")
-    ]
+    return [Finding("note", text)]
 
 
 def _data(inputs: Inputs) -> list[Finding]:

@@ -48,7 +48,7 @@ def write_inputs(root: Path) -> None:
         if stage.startswith("mob_kd-"):
             summary["groups"] = GROUPS[stage.removeprefix("mob_kd-")]
         _write(root / "reports" / "stages" / f"{stage}.json", summary)
-    evaluator = {"train_images": 377, "test_images": 162, "test_accuracy": 0.981, "scene_accuracy": 0.974}
+    evaluator = {"train_digits": 377.0, "test_digits": 162.0, "accuracy": 0.981, "detector_accuracy": 0.974}
     _write(
         root / "reports" / "stages" / "evaluator.json",
         {"stage": "evaluator", "fingerprint": "ba9876543210", "metrics": evaluator},
