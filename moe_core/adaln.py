@@ -40,14 +40,14 @@ def adaln_linears(model: FluxTransformer2DModel) -> dict[str, nn.Linear]:
 
 
 def embedder_outputs(model: FluxTransformer2DModel) -> dict[str, nn.Linear]:
-    """The last layer of each embedder (timestep, guidance, pooled text); the conditioning is the sum of their
-    outputs."""
+    """The last layer of each embedder (timestep, guidance, pooled text); the conditioning is their outputs' sum."""
     children = model.time_text_embed.named_children()
     return {
         f"time_text_embed.{name}.linear_2": child.linear_2 for name, child in children if hasattr(child, "linear_2")
     }
 
 
+@torch.no_grad()
 def compressed_weights(
     teacher: FluxTransformer2DModel, vectors_ND: Tensor, conditioning_dim: int, ridge: float = 1e-3
 ) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def compressed_weights(
         weight = linear.weight.double()
         weights[f"{name}.weight"] = (weight @ fit_CD.T).to(linear.weight.dtype)
         weights[f"{name}.bias"] = (linear.bias.double() + weight @ rest_D).to(linear.bias.dtype)
-    return {name: weight.detach() for name, weight in weights.items()}
+    return weights
 
 
 def compress(

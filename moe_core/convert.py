@@ -98,6 +98,7 @@ def split_segments(
     return Split(order[:shared].sort().values, dealt_EF.sort(-1).values)
 
 
+@torch.no_grad()
 def to_shared(
     teacher: FluxTransformer2DModel,
     scores: Mapping[str, Tensor],
@@ -135,6 +136,7 @@ def to_shared(
     return _filled(student, state)
 
 
+@torch.no_grad()
 def to_moe(
     shared_student: FluxMoETransformer2DModel,
     teacher: FluxTransformer2DModel,
@@ -285,8 +287,7 @@ def _groups(
 
 
 def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:
-    """Parameter name -> the same with blocks under their original numbers, and routers under their group's: `[1, 2,
-    3].router...`."""
+    """Parameter name -> the same with blocks under their original numbers, routers under their group's: `[1, 2].router`."""
     renamed: dict[str, str] = {}
     for kind in KINDS.values():
         number = 0

@@ -92,8 +92,7 @@ class BlockRouter(nn.Module):
 
 
 class MoBGroup(nn.Module):
-    """Consecutive blocks of one kind, of which every sample passes those that the router chose for it, in their old
-    order."""
+    """Consecutive blocks of one kind; every sample passes those that the router chose for it, in their old order."""
 
     def __init__(self, blocks: Iterable[nn.Module], router: BlockRouter):
         super().__init__()
@@ -133,8 +132,7 @@ class MoBGroup(nn.Module):
                 joint_attention_kwargs=joint_attention_kwargs,
             )
             if torch.is_grad_enabled():
-                # x + scale * (block(x) - x), in a form that lets block(x) through unrounded, since scale - 1 is exactly
-                # 0.
+                # x + scale * (block(x) - x), so written that block(x) comes through unrounded: scale - 1 is exactly 0.
                 change_b11 = (routing.scales_Bk[samples, places] - 1).to(new_image.dtype).view(-1, 1, 1)
                 new_image = new_image + change_b11 * (new_image - image)
                 new_text = new_text + change_b11 * (new_text - text)

@@ -25,8 +25,7 @@ GATE_NORMS = ("renormalize", "scale_to_k", "unit")
 
 
 class Routing(NamedTuple):
-    """What a router decided. Leading dimensions are those of its input: probs_TE is [B, T, E] for an input [B, T,
-    D]."""
+    """What a router decided. Leading dimensions are its input's: for [B, T, D], probs_TE is [B, T, E]."""
 
     probs_TE: Tensor
     """Softmax over all experts; fp32 (fp64 for fp64 input); differentiable."""

@@ -258,8 +258,7 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         return names
 
     def part_of(self, name: str) -> str:
-        """Which of PARTS the parameter of this name belongs to. Within a group's blocks everything is
-        `group_blocks`."""
+        """Which of PARTS the parameter of this name belongs to. In a group's blocks, all is `group_blocks`."""
         module: nn.Module = self
         for piece in name.split("."):
             if isinstance(module, MoBGroup):
@@ -321,8 +320,10 @@ def on_meta(config: Mapping[str, Any]) -> FluxMoETransformer2DModel:
 
 
 def check_groups(groups: Sequence[Sequence[int]], count: int, where: str) -> list[list[int]]:
-    """Returns the groups in order. Raises ConfigError unless each is two or more consecutive, existing blocks, and none
-    overlap."""
+    """Returns the groups in order.
+
+    Raises ConfigError unless each is two or more consecutive, existing blocks, and none overlap.
+    """
     ordered = sorted([list(group) for group in groups])
     end = 0
     for group in ordered:
