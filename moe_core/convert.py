@@ -287,7 +287,7 @@ def _groups(
 
 
 def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:
-    """Parameter name -> the same with blocks under their original numbers, routers under their group's: `[1, 2].router`."""
+    """Parameter name -> that with blocks under original numbers, routers under their group's: `[1, 2].router`."""
     renamed: dict[str, str] = {}
     for kind in KINDS.values():
         number = 0
