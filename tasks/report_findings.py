@@ -218,8 +218,8 @@ def _evaluator(inputs: Inputs) -> list[Finding]:
     own = inputs.evaluator
     text = (
         f"The evaluator's classifier reads {percent(own.accuracy)} of {own.test_digits} real digits right that neither"
-        f" it nor the generator was trained on, and its detector {percent(own.detector_accuracy)} of real scenes: the most"
-        " that a perfect model would score."
+        f" it nor the generator was trained on, and its detector {percent(own.detector_accuracy)} of real scenes:"
+        " the most that a perfect model would score."
     )
     return [Finding("note", text)]
 
