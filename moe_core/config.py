@@ -37,7 +37,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the forward pass; weights stay fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast of the forward pass; weights stay fp32"
+    )
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimizerConfig:
@@ -83,6 +85,7 @@ class VAEConfig(Section):
     block_out_channels: tuple[int, ...]
     layers_per_block: int = Field(1, gt=0)
     norm_num_groups: int = Field(8, gt=0)
+    mid_block_attention: bool = Field(True, description="attention at the VAE's lowest resolution, as FLUX's has")
     kl_weight: float = Field(1e-6, ge=0)
 
 
@@ -150,7 +153,9 @@ class ShardConfig(Section):
     calibration_samples: int = Field(gt=0)
     max_reject_share: float = Field(0.01, ge=0, lt=1)
     max_caption_chars: int = Field(2000, gt=0)
-    batch_size: int = Field(64, gt=0, description="images encoded at once; fixed, so that the latents do not depend on workers")
+    batch_size: int = Field(
+        64, gt=0, description="images encoded at once; fixed, so that the latents do not depend on workers"
+    )
 
 
 class DataConfig(Section):
@@ -158,7 +163,9 @@ class DataConfig(Section):
 
     name: str
     kind: Literal["embedded", "webdataset"]
-    path: str | None = Field(None, description="kind=webdataset: folder of .tar files with image, .txt and optional .json members")
+    path: str | None = Field(
+        None, description="kind=webdataset: folder of .tar files with image, .txt and optional .json members"
+    )
     embedded: EmbeddedDataConfig | None = None
     shard: ShardConfig
 
@@ -186,7 +193,9 @@ class MoEConfig(Section):
     balance_probs: Literal["softmax", "gate"] = "softmax"
     router_init_std: float = Field(0.02, gt=0)
     dense_double_blocks: tuple[int, ...] = Field((0,), description="double blocks that keep their FFNs")
-    conditioning_dim: int | None = Field(None, gt=0, description="width of the compressed AdaLN conditioning; null: not compressed")
+    conditioning_dim: int | None = Field(
+        None, gt=0, description="width of the compressed AdaLN conditioning; null: not compressed"
+    )
     ridge: float = Field(1e-3, gt=0, description="ridge of the AdaLN regression, relative to the mean variance")
 
     @model_validator(mode="after")
@@ -226,7 +235,9 @@ class MoBGroupsConfig(Section):
 class MoBLevelConfig(Section):
     """One sparsity level (M, S, XS)."""
 
-    init: str = Field(description="model it starts from, below data: `checkpoints/moe`, `checkpoints/mob/M`, or `teacher`: dense")
+    init: str = Field(
+        description="model it starts from, below data: `checkpoints/moe`, `checkpoints/mob/M`, or `teacher`: dense"
+    )
     double: MoBGroupsConfig = MoBGroupsConfig()
     single: MoBGroupsConfig = MoBGroupsConfig()
 
@@ -248,8 +259,8 @@ class KDStageConfig(Section):
     optimizer: OptimizerConfig
     lambda_feature: float = Field(1.0, ge=0)
     lambda_balance: float = Field(1e-2, ge=0)
-    train: tuple[Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "all"], ...] = Field(
-        min_length=1, description="parts of the student whose weights change"
+    train: tuple[Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "all"], ...] = (
+        Field(min_length=1, description="parts of the student whose weights change")
     )
     gradient_checkpointing: bool = False
     validate_every: int = Field(gt=0)
@@ -261,7 +272,9 @@ class KDConfig(Section):
     timesteps: TimestepConfig
     validation_samples: int = Field(gt=0, description="fixed samples, noise and timesteps of the validation loss")
     importance_batch_size: int = Field(gt=0)
-    joint: bool = Field(False, description="moe_kd starts from the teacher instead of the trained shared experts (Table 5)")
+    joint: bool = Field(
+        False, description="moe_kd starts from the teacher instead of the trained shared experts (Table 5)"
+    )
     shared_expert: KDStageConfig
     moe: KDStageConfig
     mob: KDStageConfig
@@ -316,7 +329,9 @@ class Params(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
         if self.model.transformer is not None:
-            check_blocks(self.moe, self.mob, self.model.transformer.num_layers, self.model.transformer.num_single_layers)
+            check_blocks(
+                self.moe, self.mob, self.model.transformer.num_layers, self.model.transformer.num_single_layers
+            )
             width = self.model.transformer.num_attention_heads * self.model.transformer.attention_head_dim
             check_widths(self.moe, width)
         return self
@@ -327,24 +342,35 @@ def check_widths(moe: MoEConfig, width: int) -> None:
     for name in ("shared_ratio", "normal_ratio"):
         value = getattr(moe, name) * width
         if abs(value - round(value)) > 1e-6:
-            raise ValueError(f"moe.{name} * width = {getattr(moe, name):g} * {width} = {value:g}; it must be a whole number")
+            raise ValueError(
+                f"moe.{name} * width = {getattr(moe, name):g} * {width} = {value:g}; it must be a whole number"
+            )
     if moe.conditioning_dim is not None and moe.conditioning_dim > width:
-        raise ValueError(f"moe.conditioning_dim is {moe.conditioning_dim}; it must be at most the model's width, {width}")
+        raise ValueError(
+            f"moe.conditioning_dim is {moe.conditioning_dim}; it must be at most the model's width, {width}"
+        )
 
 
 def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: int) -> None:
     """Raises ValueError where block indices or groups do not fit a model of so many blocks."""
     for index in moe.dense_double_blocks:
         if not 0 <= index < num_double:
-            raise ValueError(f"moe.dense_double_blocks has {index}, but the model's double blocks are 0 to {num_double - 1}")
+            raise ValueError(
+                f"moe.dense_double_blocks has {index}, but the model's double blocks are 0 to {num_double - 1}"
+            )
     for level, config in mob.levels.items():
         for kind, groups, count in (("double", config.double, num_double), ("single", config.single, num_single)):
             where = f"mob.levels.{level}.{kind}"
             if groups.groups * groups.size > count:
-                raise ValueError(f"{where}: {groups.groups} groups of {groups.size} need {groups.groups * groups.size} blocks; the model has {count}")
+                raise ValueError(
+                    f"{where}: {groups.groups} groups of {groups.size} need {groups.groups * groups.size} blocks;"
+                    f" the model has {count}"
+                )
             for group in groups.blocks or ():
                 if group[-1] >= count or group[0] < 0:
-                    raise ValueError(f"{where}.blocks has {list(group)}, but the model's {kind} blocks are 0 to {count - 1}")
+                    raise ValueError(
+                        f"{where}.blocks has {list(group)}, but the model's {kind} blocks are 0 to {count - 1}"
+                    )
             for size in {len(g) for g in groups.blocks or ()} | ({groups.size} if groups.groups else set()):
                 if mob.active > size:
                     raise ValueError(f"mob.active is {mob.active}, but {where} has groups of {size} blocks")
