@@ -41,7 +41,9 @@ def save(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Opti
     for stale in folder.glob(".step-*.partial-*"):
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "state.safetensors"
+    )
     manifest = {"step": step, "sha256": {"state.safetensors": _sha256(partial / "state.safetensors")}}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
     outs.flush_tree(partial)
@@ -77,7 +79,9 @@ def check(checkpoint: Path) -> int:
         if not (checkpoint / name).is_file():
             raise CheckpointError(f"checkpoint {checkpoint} lacks {name}, which its manifest lists")
         if (found := _sha256(checkpoint / name)) != expected:
-            raise CheckpointError(f"checkpoint {checkpoint}: {name} has sha256 {found}, but its manifest says {expected}")
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: {name} has sha256 {found}, but its manifest says {expected}"
+            )
     return step
 
 
@@ -100,7 +104,9 @@ def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
         if kind == "model":
             parameter = parameters[rest]
             if parameter.shape != tensor.shape:
-                raise CheckpointError(f"checkpoint {checkpoint}: {rest} is {list(tensor.shape)}, the model's {list(parameter.shape)}")
+                raise CheckpointError(
+                    f"checkpoint {checkpoint}: {rest} is {list(tensor.shape)}, the model's {list(parameter.shape)}"
+                )
             with torch.no_grad():
                 parameter.copy_(tensor)
         else:

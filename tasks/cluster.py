@@ -7,6 +7,8 @@ import os
 import socket
 from collections.abc import Iterator
 
+import ray
+
 from moe_core.config import ComputeConfig
 from moe_core.errors import ConfigError
 from tasks.project import code_root
@@ -14,19 +16,15 @@ from tasks.project import code_root
 OBJECT_STORE_BYTES = 1 << 30
 """Of a private Ray: image batches pass through it, nothing else; Ray's own default is 30 % of the machine."""
 
-# Read by Ray when it is imported. A user's own setting wins.
-for _name, _value in {
+SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # The controller's polling, seconds: it bounds how late the end of a training run is noticed.
+    # Ray Train's polling, seconds: it bounds how late the end of a run is noticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Two helper processes of Ray Train that a stage has no use for; each costs a start of some seconds on two cores.
+    # Two helper processes of Ray Train that a stage has no use for; each takes seconds to start on two cores.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402 - after its settings
+}
+"""Environment of Ray, unless the user has set it otherwise."""
 
 
 @contextlib.contextmanager
@@ -35,6 +33,8 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
 
     Raises ConfigError where a named cluster does not answer or is too small for `compute`.
     """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     namespace = f"dense2moe-{stage}-{os.getpid()}"
     path = os.pathsep.join(p for p in (str(code_root()), os.environ.get("PYTHONPATH")) if p)

@@ -13,7 +13,14 @@ from tasks.run_training import train_stage
 from tasks.stage import Stage
 
 
-def distil(stage: Stage, builder: str, config: KDStageConfig, checkpoint: Path, describe: Callable[[Path], dict[str, Any]], **arguments: Any) -> None:
+def distil(
+    stage: Stage,
+    builder: str,
+    config: KDStageConfig,
+    checkpoint: Path,
+    describe: Callable[[Path], dict[str, Any]],
+    **arguments: Any,
+) -> None:
     """Trains a student and puts it at `checkpoint`; `describe` reads from the finished folder what else the summary says."""
     params = {"root": str(stage.root), "params": stage.params.model_dump(mode="json"), **arguments}
     trained = train_stage(stage, [("train", builder, params, config.optimizer, config.validate_every)])

@@ -24,7 +24,9 @@ def evaluator(stage: Stage) -> None:
     if config is None:
         raise ConfigError("data.embedded is null; the evaluator's classifier knows the embedded digits only")
     images, classes = embedded.evaluator_digits(config)
-    classifier, metrics = train_classifier(images, classes, stage.params.eval.classifier, noise.derive_seed(stage.params.seed, "evaluator"))
+    classifier, metrics = train_classifier(
+        images, classes, stage.params.eval.classifier, noise.derive_seed(stage.params.seed, "evaluator")
+    )
     with outs.folder(stage.root / EVALUATOR) as folder:
         classifier.save(folder)
     seed = noise.derive_seed(stage.params.seed, "source")
@@ -34,4 +36,8 @@ def evaluator(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    execute("evaluator", evaluator, lambda p: {"data.embedded": p.data.model_dump()["embedded"], "eval.classifier": p.eval.classifier.model_dump()})
+    execute(
+        "evaluator",
+        evaluator,
+        lambda p: {"data.embedded": p.data.model_dump()["embedded"], "eval.classifier": p.eval.classifier.model_dump()},
+    )

@@ -68,7 +68,9 @@ def _identify(repo: Repo, name: str) -> Identity:
         if isinstance(dep, ParamsDependency):
             params.update(dep.read_params())
         elif not dep.exists:
-            raise DataError(f"{dep.def_path}, which stage {name} depends on, does not exist; `dvc repro {name}` makes it")
+            raise DataError(
+                f"{dep.def_path}, which stage {name} depends on, does not exist; `dvc repro {name}` makes it"
+            )
         else:
             deps[dep.def_path] = str(dep.get_hash().value)
     return Identity(stage=name, deps=deps, params=params)

@@ -41,10 +41,10 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
     """In every worker: each so many-th unit that is not there yet."""
     # Torch and diffusers load in the workers, not in the driver.
     import torch
-    from moe_core.data.latents import LatentDataset
     from safetensors.torch import save_file
 
     from moe_core import noise, sampling
+    from moe_core.data.latents import LatentDataset
     from moe_core.importance import ImportanceAccumulator
     from tasks.batches import make_batch
     from tasks.worker import Worker
@@ -63,7 +63,9 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
         batch = make_batch(pipeline, data, positions, seed, positions, config)
         accumulator.update(batch, keys=data.get(positions)[1])
         with outs.folder(target) as folder:
-            save_file({**accumulator.state, "conditioning": accumulator.conditioning_vectors()}, folder / "sums.safetensors")
+            save_file(
+                {**accumulator.state, "conditioning": accumulator.conditioning_vectors()}, folder / "sums.safetensors"
+            )
             outs.write_json(folder / "rows.json", {"blocks": accumulator.blocks, "rows": accumulator.rows})
 
 
@@ -91,7 +93,9 @@ def merge(units: Path, out: Path) -> tuple[int, float]:
 
 def sections(params: Params) -> dict[str, Any]:
     """The parameters that the stage uses."""
-    return {"kd": {"timesteps": params.kd.timesteps.model_dump(), "importance_batch_size": params.kd.importance_batch_size}}
+    return {
+        "kd": {"timesteps": params.kd.timesteps.model_dump(), "importance_batch_size": params.kd.importance_batch_size}
+    }
 
 
 if __name__ == "__main__":

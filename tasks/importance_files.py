@@ -34,7 +34,9 @@ class Importance:
     block_change: dict[str, float]
 
 
-def save(folder: Path, scores: dict[str, Tensor], conditioning: Tensor, blocks: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+def save(
+    folder: Path, scores: dict[str, Tensor], conditioning: Tensor, blocks: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> None:
     """Writes the three files. `rows`: a dict a sample with key, sigma, relative and mse (by block)."""
     save_file(scores, folder / SCORES)
     save_file({"vectors": conditioning}, folder / CONDITIONING)

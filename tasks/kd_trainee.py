@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from moe_core.data.latents import LatentDataset
 from torch import nn
 
 from moe_core import noise
 from moe_core.config import KDStageConfig, Params
+from moe_core.data.latents import LatentDataset
 from moe_core.distill import KDBatch, KDStep
 from moe_core.transformer import FluxMoETransformer2DModel
 from tasks import batches

@@ -36,10 +36,14 @@ def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: Comput
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=compute.num_workers, use_gpu=compute.use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=compute.num_workers, use_gpu=compute.use_gpu, resources_per_worker=resources
+        ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if compute.use_gpu else "gloo"),
         run_config=RunConfig(
-            name=uuid.uuid4().hex, storage_path=str(storage), failure_config=FailureConfig(max_failures=compute.max_failures)
+            name=uuid.uuid4().hex,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=compute.max_failures),
         ),
     )
     try:

@@ -55,7 +55,10 @@ def build(device: torch.device, root: str, params: dict[str, Any], level: str) -
 def sections(level: str, params: Params) -> dict[str, Any]:
     """The parameters that the stage uses."""
     return {
-        "mob": {**params.mob.model_dump(exclude={"levels"}), "level": params.mob.levels[level].model_dump() if level in params.mob.levels else {}},
+        "mob": {
+            **params.mob.model_dump(exclude={"levels"}),
+            "level": params.mob.levels[level].model_dump() if level in params.mob.levels else {},
+        },
         "kd": {"timesteps": params.kd.timesteps.model_dump(), "mob": params.kd.mob.model_dump()},
     }
 

@@ -46,7 +46,11 @@ def sections(params: Params) -> dict[str, Any]:
     """The parameters that the stage uses."""
     return {
         "moe": params.moe.model_dump(),
-        "kd": {"timesteps": params.kd.timesteps.model_dump(), "joint": params.kd.joint, "moe": params.kd.moe.model_dump()},
+        "kd": {
+            "timesteps": params.kd.timesteps.model_dump(),
+            "joint": params.kd.joint,
+            "moe": params.kd.moe.model_dump(),
+        },
     }
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_core.config import Params
 from moe_core.data import embedded, splits, webdataset
 from moe_core.errors import DataError
-from tasks.source import tars_of
+from tasks.places import SOURCE
+from tasks.source_files import tars_of
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,34 @@ def load(root: Path, params: Params) -> Pictures:
 
     Raises DataError where no sample is left.
     """
-    samples = [s for tar in tars_of(root) for s in webdataset.read_samples(tar) if isinstance(s, webdataset.Sample)]
     config = params.data.shard
+    samples, decoded = _read(root, config.max_caption_chars, params.model.resolution)
     split = splits.assign([s.key for s in samples], config.validation_samples, config.calibration_samples, params.seed)
-    chosen = {name: [s for s, own in zip(samples, split, strict=True) if own == name] for name in splits.SPLITS}
-    if not chosen["val"]:
+    rows = {name: [i for i, own in enumerate(split) if own == name] for name in splits.SPLITS}
+    if not rows["val"]:
         raise DataError("data.shard.validation_samples leaves no picture to validate the teacher on")
-    vocabulary = embedded.captions_vocabulary() if params.data.kind == "embedded" else [s.caption for s in samples]
+    captions = [sample.caption for sample in samples]
     return Pictures(
-        _stack(chosen["train"], params.model.resolution),
-        [s.caption for s in chosen["train"]],
-        _stack(chosen["val"], params.model.resolution),
-        [s.caption for s in chosen["val"]],
-        vocabulary,
+        decoded[rows["train"]],
+        [captions[i] for i in rows["train"]],
+        decoded[rows["val"]],
+        [captions[i] for i in rows["val"]],
+        embedded.captions_vocabulary() if params.data.kind == "embedded" else captions,
     )
 
 
-def _stack(samples: list[webdataset.Sample], resolution: int) -> Tensor:
-    return torch.from_numpy(np.stack([webdataset.decode(sample, resolution) for sample in samples]))
+def _read(root: Path, max_caption_chars: int, resolution: int) -> tuple[list[webdataset.Sample], Tensor]:
+    """The samples that stage `shard` keeps, in order, and their pictures."""
+    samples, decoded = [], []
+    for tar in tars_of(root):
+        for sample in webdataset.read_samples(tar, max_caption_chars, check_images=False):
+            if isinstance(sample, webdataset.Sample):
+                picture = webdataset.decode_or_reject(sample, resolution)
+                if not isinstance(picture, webdataset.Reject):
+                    samples.append(sample)
+                    decoded.append(picture)
+    if not samples:
+        raise DataError(
+            f"the tars of {root / SOURCE} hold no sample that can be read; stage shard says why each was rejected"
+        )
+    return samples, torch.from_numpy(np.stack(decoded))

@@ -15,6 +15,7 @@ from moe_core.errors import ConfigError
 from tasks import curves
 from tasks.curves import Curve, Point
 from tasks.phase import METRICS, NOTES, PRODUCT, MetricsTail, Phase
+from tasks.places import CURVES
 from tasks.stage import Stage
 
 POLL_SECONDS = 0.5
@@ -46,7 +47,9 @@ def train_stage(stage: Stage, phases: Sequence[tuple[str, str, dict[str, Any], O
     jobs = [Phase(*phase, log_every=compute.log_every, checkpoint_every=compute.checkpoint_every) for phase in phases]
     prefixes = {job.name: "" if job is jobs[-1] else f"{job.name}/" for job in jobs}
     # A resumed run goes on where the killed attempt stopped logging; what lies between is the same, bit for bit.
-    logged = {job.name: {s: stage.run.last_step(f"{prefixes[job.name]}{s}/") for s in ("train", "validation")} for job in jobs}
+    logged = {
+        job.name: {s: stage.run.last_step(f"{prefixes[job.name]}{s}/") for s in ("train", "validation")} for job in jobs
+    }
     drawn = {job.name: Curve(job.optimizer.steps) for job in jobs}
 
     def watch(job: Phase, records: list[dict[str, Any]]) -> None:
@@ -60,7 +63,7 @@ def train_stage(stage: Stage, phases: Sequence[tuple[str, str, dict[str, Any], O
     points = {job.name: curves.read(folder / job.name / METRICS, job.optimizer.steps) for job in jobs}
     for job in jobs:
         suffix = "" if job is jobs[-1] else f"-{job.name}"
-        curves.write(stage.root / "reports" / "curves" / f"{stage.file_name}{suffix}.csv", points[job.name])
+        curves.write(stage.root / CURVES / f"{stage.file_name}{suffix}.csv", points[job.name])
     return Trained(folder / jobs[-1].name / PRODUCT, points)
 
 

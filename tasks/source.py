@@ -18,9 +18,8 @@ from moe_core.data import embedded, webdataset
 from moe_core.errors import DataError
 from tasks import outs
 from tasks.places import PROMPTS, SOURCE
+from tasks.source_files import LISTING, tars_of
 from tasks.stage import Stage, execute
-
-LISTING = "listing.json"
 
 
 def source(stage: Stage) -> None:
@@ -42,7 +41,9 @@ def source(stage: Stage) -> None:
 def _listing(folder: Path) -> list[dict[str, Any]]:
     """A user's tars, by absolute path."""
     tars = webdataset.list_tars(folder)
-    return [{"path": str(tar.resolve()), "bytes": tar.stat().st_size, "changed_ns": tar.stat().st_mtime_ns} for tar in tars]
+    return [
+        {"path": str(tar.resolve()), "bytes": tar.stat().st_size, "changed_ns": tar.stat().st_mtime_ns} for tar in tars
+    ]
 
 
 def _prompts(params: Params, root: Path) -> list[dict[str, Any]]:
@@ -50,23 +51,21 @@ def _prompts(params: Params, root: Path) -> list[dict[str, Any]]:
     count = params.eval.prompts
     if params.data.embedded is not None and params.data.kind == "embedded":
         return embedded.make_prompts(params.data.embedded, noise.derive_seed(params.seed, "prompts"), count)
-    samples = (sample for tar in tars_of(root) for sample in webdataset.read_samples(tar) if isinstance(sample, webdataset.Sample))
+    samples = (
+        sample
+        for tar in tars_of(root)
+        for sample in webdataset.read_samples(tar)
+        if isinstance(sample, webdataset.Sample)
+    )
     found = [{"tag": "caption", "include": [], "prompt": sample.caption} for sample in itertools.islice(samples, count)]
     if not found:
-        raise DataError(f"the tars of {params.data.path} hold no sample with an image and a caption; at least one is needed")
+        raise DataError(
+            f"the tars of {params.data.path} hold no sample with an image and a caption; at least one is needed"
+        )
     return found
 
 
-def tars_of(root: Path) -> list[Path]:
-    """The tars that `data/source/listing.json` names, in order; raises DataError where one is gone."""
-    folder = root / SOURCE
-    listing = json.loads((folder / LISTING).read_text())["tars"]
-    tars = [folder / tar["path"] for tar in listing]
-    for tar in tars:
-        if not tar.is_file():
-            raise DataError(f"{tar}, which {folder / LISTING} names, does not exist; `dvc repro --force source` lists the data anew")
-    return tars
-
-
 if __name__ == "__main__":
-    execute("source", source, lambda p: {"data": p.data.model_dump(exclude={"shard"}), "eval": {"prompts": p.eval.prompts}})
+    execute(
+        "source", source, lambda p: {"data": p.data.model_dump(exclude={"shard"}), "eval": {"prompts": p.eval.prompts}}
+    )

@@ -19,6 +19,7 @@ from moe_core.config import Params
 from moe_core.errors import Dense2MoEError
 from tasks import outs
 from tasks.fingerprint import Identity, identify
+from tasks.places import STAGE_REPORTS
 from tasks.progress import Progress
 from tasks.project import git_state, main_checkout, read_params
 from tasks.resume import ResumeFolder
@@ -59,11 +60,13 @@ class Stage:
     def summary(self, metrics: dict[str, Any], **more: Any) -> None:
         """Writes `reports/stages/<stage>.json`: what the stage came to; nothing that differs between equal runs."""
         content = {"stage": self.name, "fingerprint": self.identity.fingerprint, "metrics": metrics, **more}
-        outs.write_json(self.root / "reports" / "stages" / f"{self.file_name}.json", content)
+        outs.write_json(self.root / STAGE_REPORTS / f"{self.file_name}.json", content)
         self.run.metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def execute(name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool = False) -> NoReturn:
+def execute(
+    name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool = False
+) -> NoReturn:
     """Runs a stage and ends the process: 0, 2 after an error of this project (one clear message), 143 after SIGTERM.
 
     - `sections`: the parameters that the stage uses, for MLflow.
@@ -78,7 +81,9 @@ def execute(name: str, body: Callable[[Stage], None], sections: Callable[[Params
     sys.exit(0)
 
 
-def _execute(name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool) -> None:
+def _execute(
+    name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool
+) -> None:
     root = Path.cwd()
     params = read_params(root)
     [identity] = identify(root, name)
@@ -113,7 +118,12 @@ def _earlier_run(resume: ResumeFolder | None) -> str | None:
 def _circumstances(root: Path) -> dict[str, str]:
     git = git_state(root)
     tags = {f"version.{library}": version(library) for library in LIBRARIES}
-    tags |= {"version.python": sys.version.split()[0], "git.commit": git.commit, "git.branch": git.branch, "git.dirty": str(bool(git.dirty)).lower()}
+    tags |= {
+        "version.python": sys.version.split()[0],
+        "git.commit": git.commit,
+        "git.branch": git.branch,
+        "git.dirty": str(bool(git.dirty)).lower(),
+    }
     if git.dirty:
         tags["git.dirty_files"] = "\n".join(git.dirty)[:5000]
     return tags | {"mlflow.source.git.commit": git.commit}

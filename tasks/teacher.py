@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_core.config import ModelConfig, Params, parse
 from moe_core.errors import DataError
 from tasks import curves, outs
-from tasks.places import TEACHER
+from tasks.places import CURVES, TEACHER
 from tasks.run_training import train_stage
 from tasks.stage import Stage, execute
 
@@ -28,6 +28,9 @@ def teacher(stage: Stage) -> None:
     model = stage.params.model
     if model.training is None or model.source != "train":
         _given(model, stage.root / TEACHER)
+        # Nothing was trained: dvc.yaml lists the curves all the same.
+        for name in ("teacher-vae", "teacher"):
+            curves.write(stage.root / CURVES / f"{name}.csv", [])
         stage.summary({})
         return
     assert stage.resume is not None
@@ -38,13 +41,21 @@ def teacher(stage: Stage) -> None:
         stage,
         [
             ("vae", "tasks.teacher:build_vae", shared, config.vae, config.validate_every),
-            ("transformer", "tasks.teacher:build_transformer", shared | {"vae": vae}, config.transformer, config.validate_every),
+            (
+                "transformer",
+                "tasks.teacher:build_transformer",
+                shared | {"vae": vae},
+                config.transformer,
+                config.validate_every,
+            ),
         ],
     )
     with outs.folder(stage.root / TEACHER) as folder:
         shutil.copytree(trained.product, folder, dirs_exist_ok=True)
     metrics = {
-        f"{phase}_{split}_loss": curves.last(points, split)["loss"] for phase, points in trained.points.items() for split in ("train", "validation")
+        f"{phase}_{split}_loss": curves.last(points, split)["loss"]
+        for phase, points in trained.points.items()
+        for split in ("train", "validation")
     }
     stage.summary({**metrics, "vae_steps": config.vae.steps, "transformer_steps": config.transformer.steps})
     stage.run.model("teacher", stage.root / TEACHER, metrics)
@@ -59,7 +70,9 @@ def _given(model: ModelConfig, folder: Path) -> None:
 
         source = Path(snapshot_download(str(model.path), revision=model.revision))
     if not (source / "model_index.json").is_file():
-        raise DataError(f"model.path is {model.path}, but {source / 'model_index.json'} does not exist; it must be a diffusers pipeline folder")
+        raise DataError(
+            f"model.path is {model.path}, but {source / 'model_index.json'} does not exist; it must be a diffusers pipeline folder"
+        )
     with outs.folder(folder) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True)
 
@@ -74,7 +87,9 @@ def build_vae(device: torch.device, root: str, params: dict[str, Any]) -> Traine
     assert config.model.vae is not None
     found = pictures.load(Path(root), config)
     seed = noise.derive_seed(config.seed, "teacher-vae")
-    pipeline = small_flux.build_pipeline(config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights"))
+    pipeline = small_flux.build_pipeline(
+        config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights")
+    )
     vae = pipeline.vae.to(device)
     return teacher_training.VAETrainee(vae, config.model.vae.kl_weight, found.train, found.validation, seed)
 
@@ -92,12 +107,17 @@ def build_transformer(device: torch.device, root: str, params: dict[str, Any], v
     config = parse(Params, params)
     assert config.model.training is not None
     found = pictures.load(Path(root), config)
-    pipeline = small_flux.build_pipeline(config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights"))
+    pipeline = small_flux.build_pipeline(
+        config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights")
+    )
     # The trained VAE replaces the new one; it is finished, so it is not trained on.
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae).requires_grad_(False))
     pipeline.to(device)
     size = config.data.shard.batch_size
-    latents = [torch.cat([teacher_training.encode(pipeline.vae, part) for part in images.split(size)]) for images in (found.train, found.validation)]
+    latents = [
+        torch.cat([teacher_training.encode(pipeline.vae, part) for part in images.split(size)])
+        for images in (found.train, found.validation)
+    ]
     return teacher_training.FlowTrainee(
         pipeline,
         config.model.guidance_scale,

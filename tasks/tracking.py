@@ -21,9 +21,9 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-import pandas as pd  # noqa: E402 - after MLflow's settings
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import (  # noqa: E402
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
@@ -35,13 +35,13 @@ from mlflow.entities import (  # noqa: E402
     RunTag,
     ViewType,
 )
-from mlflow.exceptions import MlflowException  # noqa: E402
-from PIL import Image  # noqa: E402
+from mlflow.exceptions import MlflowException
+from PIL import Image
 
-from moe_core.errors import ConfigError, Dense2MoEError  # noqa: E402
-from tasks.curves import Point  # noqa: E402
-from tasks.fingerprint import Identity, identify  # noqa: E402
-from tasks.project import main_checkout  # noqa: E402
+from moe_core.errors import ConfigError, Dense2MoEError
+from tasks.curves import Point
+from tasks.fingerprint import Identity, identify
+from tasks.project import main_checkout
 
 EXPERIMENT = "dense2moe"
 PARENT = "DENSE2MOE_PARENT_RUN"
@@ -62,7 +62,7 @@ def connect(root: Path) -> MlflowClient:
     uri = tracking_uri(root)
     if urllib.parse.urlparse(uri).scheme in ("http", "https"):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()  # noqa: S310 - http(s) only
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
         except (urllib.error.URLError, OSError) as error:
             raise ConfigError(
                 f"MLFLOW_TRACKING_URI is {uri}, but no MLflow server answers there ({error}); start one (`make up`), or unset the variable"
@@ -119,7 +119,10 @@ class StageRun:
             run = self.client.get_run(earlier)
         except MlflowException as error:
             # The database was removed or another one is in use: then there is nothing to re-open.
-            print(f"MLflow run {earlier} of the killed attempt is not to be found ({error}); a new one begins", file=sys.stderr)
+            print(
+                f"MLflow run {earlier} of the killed attempt is not to be found ({error}); a new one begins",
+                file=sys.stderr,
+            )
             return None
         self.run_id = run.info.run_id
         return run
@@ -145,7 +148,13 @@ class StageRun:
     def points(self, points: Iterable[Point], prefix: str = "") -> None:
         """Logs points of a curve as `<prefix><split>/<name>`."""
         now = _now()
-        self._log([Metric(f"{prefix}{p.split}/{name}", value, now, p.step) for p in points for name, value in p.values.items()])
+        self._log(
+            [
+                Metric(f"{prefix}{p.split}/{name}", value, now, p.step)
+                for p in points
+                for name, value in p.values.items()
+            ]
+        )
 
     def _log(self, metrics: list[Metric]) -> None:
         for first in range(0, len(metrics), BATCH):
@@ -161,7 +170,10 @@ class StageRun:
     def inputs(self) -> None:
         """Logs every data dependency as a dataset whose digest is its DVC hash."""
         data = [
-            DatasetInput(Dataset(name=path, digest=md5, source_type="dvc", source=f'{{"path": "{path}"}}'), [InputTag("mlflow.data.context", "input")])
+            DatasetInput(
+                Dataset(name=path, digest=md5, source_type="dvc", source=f'{{"path": "{path}"}}'),
+                [InputTag("mlflow.data.context", "input")],
+            )
             for path, md5 in self.identity.data().items()
         ]
         if data and not self.resumed:
@@ -240,7 +252,9 @@ def _maker(client: MlflowClient, experiment: str, identity: Identity) -> Run | N
     return next((run for run in found if "cached" not in run.data.tags), None)
 
 
-def metrics_frame(root: Path | None = None, *, stage: str | None = None, fingerprints: Iterable[str] | None = None) -> pd.DataFrame:
+def metrics_frame(
+    root: Path | None = None, *, stage: str | None = None, fingerprints: Iterable[str] | None = None
+) -> pd.DataFrame:
     """Metrics of all stages and runs: one row a run, metric and step.
 
     Columns: stage (`mob_kd-M`; `teacher-vae` for an earlier phase of a stage), fingerprint, run_id, parent_run_id, status, cached_from,
@@ -252,7 +266,11 @@ def metrics_frame(root: Path | None = None, *, stage: str | None = None, fingerp
     rows: list[dict[str, Any]] = []
     for run in _runs(client, experiment_id(client, root)):
         tags = run.data.tags
-        if "stage" not in tags or (stage and tags["stage"] != stage) or (wanted is not None and tags.get("fingerprint") not in wanted):
+        if (
+            "stage" not in tags
+            or (stage and tags["stage"] != stage)
+            or (wanted is not None and tags.get("fingerprint") not in wanted)
+        ):
             continue
         name = tags["stage"].replace("@", "-")
         base = {
@@ -268,8 +286,21 @@ def metrics_frame(root: Path | None = None, *, stage: str | None = None, fingerp
             # `vae/train/loss` is of an earlier phase of the stage.
             phase, _, rest = metric.partition("/")
             shown = (f"{name}-{phase}", rest) if "/" in rest else (name, metric)
-            rows.extend(base | {"stage": shown[0], "metric": shown[1], "step": m.step, "value": m.value} for m in history)
-    columns = ["stage", "fingerprint", "run_id", "parent_run_id", "status", "cached_from", "start_time", "metric", "step", "value"]
+            rows.extend(
+                base | {"stage": shown[0], "metric": shown[1], "step": m.step, "value": m.value} for m in history
+            )
+    columns = [
+        "stage",
+        "fingerprint",
+        "run_id",
+        "parent_run_id",
+        "status",
+        "cached_from",
+        "start_time",
+        "metric",
+        "step",
+        "value",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -104,7 +104,14 @@ class _Loop:
             with outs.folder(self.folder / PRODUCT) as product:
                 trainee.save(product)
 
-    def _step(self, trainee: Trainee, module: nn.Module, optim: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int) -> None:
+    def _step(
+        self,
+        trainee: Trainee,
+        module: nn.Module,
+        optim: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        step: int,
+    ) -> None:
         config = self.phase.optimizer
         started = time.monotonic()
         # Nothing should draw from the global generator; if something does, it draws by step and rank.
@@ -175,6 +182,8 @@ class _Loop:
         path = self.folder / METRICS
         if self.worker.rank != 0 or not path.exists():
             return
-        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         # A step without a checkpoint starts at the very beginning, validation of step 0 included.
         outs.write_text(path, "".join(line + "\n" for line in kept) if step else "")
