@@ -1,0 +1,27 @@
+"""How near a model's picture is to the teacher's from the same prompt and noise."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_core.errors import DataError
+
+
+def distances(made: NDArray[np.uint8], reference: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Root mean squared difference a picture, [N], in units of the full range (0 the same, 1 black against white).
+
+    Both uint8 [N, S, S, 3]; raises DataError if the shapes differ or there is no picture.
+    """
+    if made.shape != reference.shape or not len(made):
+        raise DataError(
+            f"pictures are {list(made.shape)} and the reference {list(reference.shape)};"
+            " the shapes must be the same, with at least one picture"
+        )
+    difference = made.astype(np.float64) / 255 - reference.astype(np.float64) / 255
+    return np.sqrt((difference**2).mean(axis=(1, 2, 3)))
+
+
+def mean_distance(made: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
+    """The mean of `distances`."""
+    return float(distances(made, reference).mean())

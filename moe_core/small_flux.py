@@ -1,0 +1,160 @@
+"""A small FLUX pipeline with random weights, built from diffusers' and transformers' own classes.
+
+- Nothing is special about it but its size: it is saved and loaded with `save_pretrained` /
+  `FluxPipeline.from_pretrained`.
+- The tokenizers are real CLIP (BPE) and T5 (Unigram) tokenizers over a small vocabulary: each word of the given
+  captions is one token, other words of the Latin alphabet fall apart into letters.
+- The scheduler has no resolution shift: sigmas run evenly from 1 to 1/steps, as a model of one small resolution wants
+  them.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterable
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from moe_core.config import ModelConfig, TextConfig, TransformerConfig, VAEConfig
+from moe_core.errors import ConfigError
+
+LATENT_PATCH = 2
+"""FLUX packs 2 x 2 latent pixels into a token."""
+_BPE_VOCABULARY = 2000
+"""Upper bound; training stops when every word is one token."""
+
+
+def build_pipeline(model: ModelConfig, vocabulary: Iterable[str], seed: int) -> FluxPipeline:
+    """A FluxPipeline of this configuration, randomly initialised from `seed`; the caller's random state is left as it
+    was.
+
+    `vocabulary`: captions whose words become tokens of their own. Raises ConfigError if a section is missing or the
+    sizes do not fit.
+    """
+    if model.transformer is None or model.vae is None or model.text is None:
+        raise ConfigError(
+            f"model '{model.name}' has source '{model.source}';"
+            " only a model with transformer, vae and text sections can be built"
+        )
+    factor = 2 ** (len(model.vae.block_out_channels) - 1) * LATENT_PATCH
+    if model.resolution % factor:
+        raise ConfigError(
+            f"model.resolution is {model.resolution};"
+            f" it must be a multiple of {factor}, the VAE's factor times the {LATENT_PATCH} of packing"
+        )
+    captions = list(vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = clip_tokenizer(captions, model.text.max_sequence_length + 1)
+        tokenizer_2 = t5_tokenizer(captions, model.text.max_sequence_length)
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+            vae=build_vae(model.vae, model.resolution),
+            text_encoder=_clip(model.text, tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=_t5(model.text, tokenizer_2),
+            tokenizer_2=tokenizer_2,
+            transformer=build_transformer(model.transformer, model.vae.latent_channels, model.text.hidden_size),
+        )
+
+
+def build_transformer(config: TransformerConfig, latent_channels: int, text_width: int) -> FluxTransformer2DModel:
+    """diffusers' FLUX transformer for packed latents of `latent_channels` and text features of `text_width`."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=latent_channels * LATENT_PATCH**2,
+        num_layers=config.num_layers,
+        num_single_layers=config.num_single_layers,
+        attention_head_dim=config.attention_head_dim,
+        num_attention_heads=config.num_attention_heads,
+        joint_attention_dim=text_width,
+        pooled_projection_dim=text_width,
+        guidance_embeds=config.guidance_embeds,
+        axes_dims_rope=config.axes_dims_rope,
+    )
+
+
+def build_vae(config: VAEConfig, resolution: int) -> AutoencoderKL:
+    """An AutoencoderKL without quantisation convolutions, as FLUX's; `teacher_training` sets its scale and shift."""
+    blocks = len(config.block_out_channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        mid_block_add_attention=config.mid_block_attention,
+        sample_size=resolution,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def clip_tokenizer(captions: list[str], max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges make each word of the captions one token; `max_length` counts start and end."""
+    backend = CLIPTokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=_BPE_VOCABULARY,
+        min_frequency=1,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=list(string.ascii_lowercase),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(sorted(set(captions)), trainer)
+    # The trained merges can be read only from the serialised model.
+    model = json.loads(backend.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=max_length
+    )
+
+
+def t5_tokenizer(captions: list[str], max_length: int) -> T5TokenizerFast:
+    """A T5 tokenizer (Unigram): the captions' words, then letters as a last resort; `max_length` counts the end."""
+    words = sorted({word for caption in captions for word in caption.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in words), ("▁", -5.0)]
+    pieces += [(letter, -6.0) for letter in string.ascii_lowercase]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+
+
+def _clip(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size,
+            projection_dim=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _t5(config: TextConfig, tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=config.hidden_size,
+            d_kv=config.hidden_size // config.num_heads,
+            d_ff=4 * config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
