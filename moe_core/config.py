@@ -27,8 +27,11 @@ class Section(BaseModel):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule, for one training run."""
+    """The optimizer and its schedule, for one training run."""
 
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the linear layers' matrices, AdamW for the rest (`moe_core.muon`)"
+    )
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="global batch, over all workers")
     learning_rate: float = Field(gt=0)

@@ -47,7 +47,7 @@ def load_pipeline(
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json; it must be a diffusers pipeline folder")
     parts = {} if transformer is None else {"transformer": load_transformer(transformer, dtype)}
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, **parts)
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -61,7 +61,7 @@ def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> FluxTr
     classes = {kind.__name__: kind for kind in (FluxTransformer2DModel, FluxMoETransformer2DModel)}
     if name not in classes:
         raise CheckpointError(f"{config} has _class_name '{name}'; it must be one of {', '.join(classes)}")
-    return classes[name].from_pretrained(folder, torch_dtype=dtype)
+    return classes[name].from_pretrained(folder, dtype=dtype)
 
 
 def start_noise(pipeline: FluxPipeline, seed: int, numbers: Sequence[int], resolution: int) -> Tensor:

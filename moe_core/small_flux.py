@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-import json
 import string
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from moe_core.config import ModelConfig, TextConfig, TransformerConfig, VAEConfig
@@ -24,8 +24,10 @@ from moe_core.errors import ConfigError
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into a token."""
-_BPE_VOCABULARY = 2000
-"""Upper bound; training stops when every word is one token."""
+ALPHABET = string.ascii_lowercase
+"""Letters that words unknown to the tokenizers fall apart into."""
+WORD_END = "</w>"
+"""CLIP's mark of a word's last piece."""
 
 
 def build_pipeline(model: ModelConfig, vocabulary: Iterable[str], seed: int) -> FluxPipeline:
@@ -101,20 +103,14 @@ def build_vae(config: VAEConfig, resolution: int) -> AutoencoderKL:
 
 def clip_tokenizer(captions: list[str], max_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges make each word of the captions one token; `max_length` counts start and end."""
-    backend = CLIPTokenizer().backend_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=_BPE_VOCABULARY,
-        min_frequency=1,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=list(string.ascii_lowercase),
-        end_of_word_suffix="</w>",
-        show_progress=False,
+    words = Counter(word for caption in set(captions) for word in caption.lower().split())
+    merges = _bpe_merges({word: (*word[:-1], word[-1] + WORD_END) for word in words}, words)
+    symbols = sorted(
+        {end for pair in merges for end in pair} | set(ALPHABET) | {letter + WORD_END for letter in ALPHABET}
     )
-    backend.train_from_iterator(sorted(set(captions)), trainer)
-    # The trained merges can be read only from the serialised model.
-    model = json.loads(backend.to_str())["model"]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *dict.fromkeys([*symbols, *("".join(pair) for pair in merges)])]
     return CLIPTokenizer(
-        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=max_length
+        vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges, model_max_length=max_length
     )
 
 
@@ -122,8 +118,36 @@ def t5_tokenizer(captions: list[str], max_length: int) -> T5TokenizerFast:
     """A T5 tokenizer (Unigram): the captions' words, then letters as a last resort; `max_length` counts the end."""
     words = sorted({word for caption in captions for word in caption.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in words), ("▁", -5.0)]
-    pieces += [(letter, -6.0) for letter in string.ascii_lowercase]
+    pieces += [(letter, -6.0) for letter in ALPHABET]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+
+
+def _bpe_merges(parts: dict[str, tuple[str, ...]], counts: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent first, until every word is one piece.
+
+    By hand: the trainer of `tokenizers` breaks ties by hash order, so that two runs number the tokens differently.
+    """
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, pieces in parts.items():
+            for pair in pairwise(pieces):
+                pairs[pair] += counts[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        parts = {word: _merge(pieces, best) for word, pieces in parts.items()}
+
+
+def _merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return tuple(merged)
 
 
 def _clip(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from moe_core.config import OptimizerConfig
+from moe_core.muon import Muon, split_parameters
 
 ONE_CYCLE_START = 25.0
 """one_cycle starts at the peak rate over this (torch's OneCycleLR has the same default)."""
@@ -28,6 +28,9 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def build(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over `parameters`."""
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over what is trained of `module`."""
+    if config.optimizer == "muon":
+        return Muon(*split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)

@@ -78,7 +78,7 @@ class _Loop:
         parameters = checkpoints.trained(trainee.module)
         if not parameters:
             raise ConfigError(f"{self.phase.name}: no parameter is trained; check the parts that `train` lists")
-        optim = optimizer.build(config, parameters.values())
+        optim = optimizer.build(config, trainee.module)
         step = self._restore(trainee.module, optim)
         self._truncate(step)
         module: nn.Module = trainee.module
