@@ -139,7 +139,7 @@ def run_stage(run: Run, stage: str, force: bool) -> State:
     return Completed(message=f"{stage}: made by this run")
 
 
-def end_processes(_flow: Flow[Any, Any], flow_run: FlowRun, _state: State) -> None:
+def end_processes(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
     """Hook of the serving process: ends what a cancelled or crashed flow run has left alive."""
     for workspace, identifier in workspaces(checkout_root()):
         if identifier == str(flow_run.id):
@@ -197,21 +197,26 @@ def pipeline(
     identifier = str(runtime.flow_run.id)
     workspace = Workspace(checkout_root(), name or default_name(experiment, identifier))
     end_orphans(workspace.checkout)
-    workspace.claim(identifier)
-    revision = workspace.create(commit)
-    compose(workspace.path, experiment, overrides)
-    log.info("run %s of commit %s in %s", workspace.name, revision[:12], workspace.path)
-    if changes := uncommitted(workspace.checkout):
-        log.warning("%d uncommitted files are not part of this run", len(changes))
-        artifacts.show_uncommitted(changes)
-    about = {"experiment": experiment, "overrides": " ".join(overrides), "git_commit": revision, "flow_run": identifier}
-    with tracking.parent_run(workspace.path, workspace.name, about) as parent:
-        with _opened(workspace, parent) as run:
-            cached = walk(run)
-        tracking.record_cached(workspace.path, parent, cached)
-    artifacts.show_results(workspace.path / "reports")
-    workspace.seal()
-    workspace.remove()
+    with workspace.claimed(identifier):
+        revision = workspace.create(commit)
+        compose(workspace.path, experiment, overrides)
+        log.info("run %s of commit %s in %s", workspace.name, revision[:12], workspace.path)
+        if changes := uncommitted(workspace.checkout):
+            log.warning("%d uncommitted files are not part of this run", len(changes))
+            artifacts.show_uncommitted(changes)
+        about = {
+            "experiment": experiment,
+            "overrides": " ".join(overrides),
+            "git_commit": revision,
+            "flow_run": identifier,
+        }
+        with tracking.parent_run(workspace.path, workspace.name, about) as parent:
+            with _opened(workspace, parent) as run:
+                cached = walk(run)
+            tracking.record_cached(workspace.path, parent, cached)
+        artifacts.show_results(workspace.path / "reports")
+        workspace.seal()
+        workspace.remove()
     log.info("sealed: `dvc exp apply %s` brings it into the checkout", workspace.name)
     return workspace.name
 

@@ -26,6 +26,9 @@ GRACE_S = 5.0
 
 POLL_S = 0.1
 
+_children: dict[Path, subprocess.Popen[bytes]] = {}
+"""This process's own children, by record: who ends one has to take its exit status, or it stays as a zombie."""
+
 # The shell writes its own id and then becomes the command: the id stays the same, and no instant is left in which
 # the command runs and is not on record.
 _WRITE_ID_THEN_EXEC = 'echo $$ > "$0" && exec "$@"'
@@ -38,7 +41,7 @@ def start(
     record.parent.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        return subprocess.Popen(
+        _children[record] = subprocess.Popen(
             ["/bin/sh", "-c", _WRITE_ID_THEN_EXEC, str(record), *command],
             cwd=cwd,
             env={**(os.environ if env is None else env), MARK: str(record)},
@@ -47,6 +50,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    return _children[record]
 
 
 def inherit(extra: Mapping[str, str]) -> dict[str, str]:
@@ -113,6 +117,8 @@ def stop(records: Iterable[Path], grace_s: float = GRACE_S) -> list[str]:
         time.sleep(POLL_S)
     for record in records:
         record.unlink(missing_ok=True)
+        if (child := _children.pop(record, None)) is not None:
+            child.wait()
     return killed
 
 

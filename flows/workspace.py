@@ -74,30 +74,32 @@ class Workspace:
         self.name = name
         self.path = checkout / ".runs" / name
         self.state = checkout / ".runs" / f"{name}.state"
-        self._lock: IO[str] | None = None
 
     @property
     def records(self) -> list[Path]:
         """The record of every process group that the run has started."""
         return sorted(self.state.glob("groups/*"))
 
-    def claim(self, flow_run_id: str) -> None:
-        """Takes the name, and ends what a killed run of that name left behind.
+    @contextmanager
+    def claimed(self, flow_run_id: str) -> Iterator[None]:
+        """Holds the name, after ending what a killed run of that name left behind.
 
         Raises ConfigError if a live run or a sealed experiment has the name.
         """
         self.state.mkdir(parents=True, exist_ok=True)
-        self._lock = self._try_lock()
-        if self._lock is None:
+        lock = self._try_lock()
+        if lock is None:
             raise ConfigError(f"name is {self.name!r}; a run of that name is in progress, choose another")
-        taken = git("for-each-ref", "--format=%(refname)", "refs/exps", cwd=self.checkout).splitlines()
-        if any(ref.rsplit("/", 1)[-1] == self.name for ref in taken):
-            raise ConfigError(
-                f"name is {self.name!r}; a sealed experiment has that name: choose another,"
-                f" or remove it with `dvc exp remove {self.name}`"
-            )
-        self.clear()
-        (self.state / "run.json").write_text(json.dumps({"flow_run": flow_run_id}))
+        with lock:
+            taken = git("for-each-ref", "--format=%(refname)", "refs/exps", cwd=self.checkout).splitlines()
+            if any(ref.rsplit("/", 1)[-1] == self.name for ref in taken):
+                raise ConfigError(
+                    f"name is {self.name!r}; a sealed experiment has that name: choose another,"
+                    f" or remove it with `dvc exp remove {self.name}`"
+                )
+            self.clear()
+            (self.state / "run.json").write_text(json.dumps({"flow_run": flow_run_id}))
+            yield
 
     def in_progress(self) -> bool:
         """Whether a live process has claimed the name. The kernel drops the lock with its holder, even at a kill -9."""
@@ -155,9 +157,6 @@ class Workspace:
         """Removes worktree and state: the run is over, and well."""
         self._remove_worktree()
         shutil.rmtree(self.state)
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
     @contextmanager
     def _repository_alone(self) -> Iterator[None]:

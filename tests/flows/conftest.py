@@ -1,205 +1,20 @@
-"""A small real repository (git, DVC, Hydra parameters) with stages of a second, and a real Prefect stack for it.
-
-The stages only sleep and write: the flow knows no stage by name, so it is all here except the science. The repository
-has the project's own parameters and the modules of it that a run calls in the commit (config check, cached records).
-"""
+"""The session's test repository and the real Prefect stack that serves it."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
-import psutil
 import pytest
-import yaml
 
-from flows import processes
 from flows.ray_head import free_port
 from flows.services import Ports, Services
-
-PROJECT = Path(__file__).resolve().parents[2]
-COPIED = [
-    "params",
-    "params.yaml",
-    "moe_core/__init__.py",
-    "moe_core/config.py",
-    "moe_core/errors.py",
-    *(f"tasks/{name}.py" for name in ("__init__", "tracking", "curves", "fingerprint", "project", "outs")),
-]
-
-STAGE = '''"""A stage of the test repository: NAME OUT DEP... writes OUT; evaluations take `seed` seconds."""
-import json, os, pathlib, subprocess, sys, time
-import yaml
-
-name, out, *deps = sys.argv[1:]
-params = yaml.safe_load(open("params.yaml"))
-if name in os.environ.get("BROKEN_STAGES", "").split():
-    sys.exit(f"{name} is broken on purpose")
-steps = params["seed"] * 5 if name.startswith("evaluate") else 0
-# A child with a session of its own, as Ray has them.
-child = subprocess.Popen(["sleep", "1000"], start_new_session=True) if steps else None
-for step in range(steps):
-    time.sleep(0.2)
-    event = {"stage": name, "phase": "train", "step": step + 1, "steps": steps, "loss": 1 / (step + 1)}
-    with open(os.environ["DENSE2MOE_PROGRESS"], "a") as file:
-        file.write(json.dumps(event) + "\\n")
-if child:
-    child.kill()
-print(f"{name} ran with RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}")
-out = pathlib.Path(out)
-text = "\\n".join([name, str(params["moe"]["top_k"]), *(pathlib.Path(dep).read_text() for dep in deps)])
-if out.suffix == ".json":
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"accuracy": 0.9, "length": len(text)}))
-elif out.suffix == ".md":
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f"# Report\\n\\n{len(text)} characters\\n")
-else:
-    out.mkdir(parents=True)
-    (out / "file.txt").write_text(text)
-'''
-
-DVC_YAML = """
-stages:
-  source:
-    cmd: python stage.py source data/source
-    deps: [stage.py]
-    params: [data]
-    outs: [data/source]
-  teacher:
-    cmd: python stage.py teacher data/teacher data/source/file.txt
-    deps: [stage.py, data/source]
-    params: [moe.top_k]
-    outs: [data/teacher]
-  evaluate:
-    foreach: {L: moe, M: mob}
-    do:
-      cmd: python stage.py evaluate@${key} reports/eval/${key}.json data/teacher/file.txt
-      deps: [stage.py, data/teacher]
-      params: [seed]
-      outs:
-        - reports/eval/${key}.json: {cache: false}
-  report:
-    cmd: python stage.py report reports/report.md reports/eval/L.json reports/eval/M.json
-    deps: [stage.py, reports/eval/L.json, reports/eval/M.json]
-    outs:
-      - reports/report.md: {cache: false}
-"""
-
-IGNORED = "\n".join(
-    [".runs/", ".services/", ".resume/", "__pycache__/", "/data/", "mlflow.db*", "mlruns/", ".dvc/tmp", ".dvc/cache"]
-)
+from tests.flows.repository import Stack, make_repository
 
 
-def run(*command: str, cwd: Path, check: bool = True) -> str:
-    """Output of a command in a test repository; `python` is this interpreter."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    assert not check or done.returncode == 0, f"{command} in {cwd}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-def dvc(*arguments: str, cwd: Path, check: bool = True) -> str:
-    return run(sys.executable, "-m", "dvc", *arguments, cwd=cwd, check=check)
-
-
-def make_repository(folder: Path) -> Path:
-    """A committed repository whose stages nobody has run yet."""
-    for name in COPIED:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
-        copy(PROJECT / name, target)
-    (folder / "stage.py").write_text(STAGE)
-    (folder / "dvc.yaml").write_text(DVC_YAML)
-    (folder / ".gitignore").write_text(IGNORED)
-    (folder / ".dvcignore").write_text("__pycache__/\n.runs/\n.services/\n")
-    run("git", "init", "-q", "-b", "main", cwd=folder)
-    run("git", "config", "user.email", "test@example.org", cwd=folder)
-    run("git", "config", "user.name", "test", cwd=folder)
-    dvc("init", "-q", cwd=folder)
-    dvc("config", "core.analytics", "false", cwd=folder)
-    dvc("config", "hydra.config_dir", "params", cwd=folder)
-    run("git", "add", "-A", cwd=folder)
-    run("git", "commit", "-q", "-m", "a repository", cwd=folder)
-    return folder
-
-
-@dataclass
-class Stack:
-    """A Prefect server and a serving process for one test repository."""
-
-    checkout: Path
-    state: Path
-    api: str
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.api}{path}", json=body, timeout=30)
-
-    def get(self, path: str) -> dict[str, Any]:
-        answer = httpx.get(f"{self.api}{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
-
-    def submit(self, **parameters: Any) -> httpx.Response:
-        """What the UI's form does."""
-        deployment = self.get("/deployments/name/dense2moe/pipeline")["id"]
-        return self.post(
-            f"/deployments/{deployment}/create_flow_run", parameters=parameters, state={"type": "SCHEDULED"}
-        )
-
-    def trigger(self, **parameters: Any) -> str:
-        answer = self.submit(**parameters)
-        assert answer.status_code in (200, 201), answer.text
-        return answer.json()["id"]
-
-    def cancel(self, flow_run: str) -> None:
-        self.post(f"/flow_runs/{flow_run}/set_state", state={"type": "CANCELLING"}).raise_for_status()
-
-    def state_of(self, flow_run: str) -> dict[str, Any]:
-        return self.get(f"/flow_runs/{flow_run}")["state"]
-
-    def wait(
-        self, flow_run: str, types: tuple[str, ...] = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    ) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-
-        def over() -> bool:
-            nonlocal state
-            state = self.state_of(flow_run)
-            return state["type"] in types
-
-        until(over, 120)
-        return state
-
-    def tasks(self, flow_run: str) -> dict[str, str]:
-        """State names of a run's stages."""
-        runs = self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}}).json()
-        return {task["name"]: task["state"]["name"] for task in runs}
-
-    def logs(self, flow_run: str) -> str:
-        found = self.post("/logs/filter", logs={"flow_run_id": {"any_": [flow_run]}}, sort="TIMESTAMP_ASC").json()
-        return "\n".join(entry["message"] for entry in found)
-
-    def artifacts(self, flow_run: str) -> dict[str, Any]:
-        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run]}}).json()
-        return {artifact["key"]: artifact["data"] for artifact in found}
-
-
-def until(true: Callable[[], bool], seconds: float) -> None:
-    """Waits for something; fails the test if it has not come after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not after {seconds} s"
-        time.sleep(0.1)
+def pytest_configure(config: pytest.Config) -> None:
+    # Raised inside DVC, by the trie library that it builds its index with.
+    config.addinivalue_line("filterwarnings", "ignore:_NoneStep.value will soon:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
@@ -220,24 +35,4 @@ def stack(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         services.wait_serve()
         yield Stack(checkout, state, services.prefect_api)
     finally:
-        processes.stop([services.record("serve"), services.record("prefect")])
-
-
-def leftovers(checkout: Path) -> list[str]:
-    """Command lines of live processes that belong to any run of the test repository."""
-    records = {str(record) for record in checkout.glob(".runs/*.state/groups/*")}
-    alive = processes.members(Path(record) for record in records)
-    prefix = str(checkout / ".runs")
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(processes.MARK, "").startswith(
-                prefix
-            ):
-                alive.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return sorted({f"{p.pid} {' '.join(p.cmdline())}" for p in alive})
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text())
+        services.down()
