@@ -89,6 +89,12 @@ def leader(record: Path) -> int | None:
     return next((p.pid for p in members([record]) if str(p.pid) == written), None)
 
 
+def ended(record: Path) -> bool:
+    """Whether the process that `record` names has ended; a child's own exit status is asked where there is one."""
+    child = _children.get(record)
+    return child.poll() is not None if child is not None else leader(record) is None
+
+
 def stop(records: Iterable[Path], grace_s: float = GRACE_S) -> list[str]:
     """Ends every member of `records` and deletes the records; returns the names of those that only KILL ended.
 
@@ -97,9 +103,7 @@ def stop(records: Iterable[Path], grace_s: float = GRACE_S) -> list[str]:
     records = list(records)
     told: set[int] = set()
     deadline = time.monotonic() + grace_s
-    while alive := members(records):
-        if time.monotonic() > deadline:
-            break
+    while (alive := _lasting(records)) and time.monotonic() < deadline:
         for process in alive:
             # Children that appear after the first round are told too, and nobody is told twice: a second TERM makes
             # some programs drop their own clean-up.
@@ -109,7 +113,7 @@ def stop(records: Iterable[Path], grace_s: float = GRACE_S) -> list[str]:
         time.sleep(POLL_S)
     killed = [_name(process) for process in alive]
     deadline = time.monotonic() + grace_s
-    while alive := members(records):
+    while alive := _lasting(records):
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes {[p.pid for p in alive]} survive KILL; look at them with `ps -o stat,wchan`")
         for process in alive:
@@ -127,6 +131,15 @@ def _session(pid: int) -> int | None:
         return os.getsid(pid)
     except ProcessLookupError:
         return None
+
+
+def _lasting(records: list[Path]) -> list[psutil.Process]:
+    """Members, looked for twice before the answer is "none": a process in the middle of an exec has no environment."""
+    found = members(records)
+    if not found:
+        time.sleep(POLL_S)
+        found = members(records)
+    return found
 
 
 def _read(record: Path) -> str:

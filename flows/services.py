@@ -169,9 +169,9 @@ class Services:
         """Returns when a service answers; raises ServiceFailed if it ends, or takes longer than START_S."""
         deadline = time.monotonic() + START_S
         while not answers():
-            alive = self.running(name) or not self.record(name).is_file()
-            if not alive or time.monotonic() > deadline:
-                what = f"does not answer after {START_S:g} s" if alive else "ended while it started"
+            over = processes.ended(self.record(name))
+            if over or time.monotonic() > deadline:
+                what = "ended while it started" if over else f"does not answer after {START_S:g} s"
                 raise ServiceFailed(f"{name} {what}; its log is {self.log(name)}:\n{tail(self.log(name))}")
             time.sleep(0.2)
 
