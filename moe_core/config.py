@@ -142,7 +142,8 @@ class EmbeddedDataConfig(Section):
 
     samples: int = Field(gt=0)
     kinds: tuple[Kind, ...] = Field(min_length=1)
-    canvas: int = Field(16, description="side of the picture, pixels; a multiple of 16 (2 x 2 cells of a digit)")
+    canvas: int = Field(16, description="side of the picture, pixels; a multiple of 8 * grid")
+    grid: int = Field(2, ge=1, le=2, description="cells a side; a cell shows one digit or nothing")
     max_digits: int = Field(4, ge=1, le=4)
     colours: tuple[str, ...] = ("red", "green", "blue", "yellow", "white")
     generator_share: float = Field(0.7, gt=0, lt=1, description="leading share of the digits that scenes may use")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moe_core import noise
-from moe_core.config import Params
+from moe_core.config import EmbeddedDataConfig, Params
 from moe_core.data import embedded
 from moe_core.errors import ConfigError, DataError
 from moe_core.metrics import fid, fidelity, geneval, routing_use, scene_detector
@@ -46,7 +46,8 @@ def evaluate(name: str, stage: Stage) -> None:
         made = generation.make((root, params, folder, dense), units, VALIDATION_BATCH, done)
     images = np.concatenate([unit.images for unit in made.pictures])
     classifier = DigitClassifier.load(root / EVALUATOR)
-    found = scene_detector.detect(images, classifier)
+    scenes = _scenes(params)
+    found = scene_detector.detect(images, classifier, scenes.grid)
     correct = [geneval.is_correct(record, seen) for record, seen in zip(records, found, strict=True)]
     with outs.folder(root / IMAGES / name) as out:
         _write_pictures(out, images, records, correct)
@@ -55,7 +56,7 @@ def evaluate(name: str, stage: Stage) -> None:
         "prompts": len(records),
         "nfe": params.model.num_inference_steps,
         **_accuracy(records, correct),
-        "fid": fid.frechet_distance(_real(params), images, classifier),
+        "fid": fid.frechet_distance(_real(scenes, params.seed), images, classifier, scenes.grid),
         "fid_reference": f"{REAL_SCENES} scenes of the training data's kind that no model has seen",
         "teacher_distance": 0.0 if reference is None else fidelity.mean_distance(images, reference),
         "kd_loss": made.validation["distill"],
@@ -92,12 +93,15 @@ def _write_pictures(
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def _real(params: Params) -> NDArray[np.uint8]:
-    """Scenes past those of the data set: of the same kind, made of the same digits, never trained on."""
-    config = params.data.embedded
-    if config is None:
+def _scenes(params: Params) -> EmbeddedDataConfig:
+    if params.data.embedded is None:
         raise ConfigError("data.embedded is null; evaluation knows the embedded digits only")
-    seed = noise.derive_seed(params.seed, "source")
+    return params.data.embedded
+
+
+def _real(config: EmbeddedDataConfig, run_seed: int) -> NDArray[np.uint8]:
+    """Scenes past those of the data set: of the same kind, made of the same digits, never trained on."""
+    seed = noise.derive_seed(run_seed, "source")
     return np.stack([embedded.make_scene(config, seed, config.samples + i).image for i in range(REAL_SCENES)])
 
 

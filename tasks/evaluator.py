@@ -32,7 +32,7 @@ def evaluator(stage: Stage) -> None:
     seed = noise.derive_seed(stage.params.seed, "source")
     # Scenes past those of the data set: of the same kind, made of the same digits, never trained on.
     scenes = [embedded.make_scene(config, seed, config.samples + i) for i in range(CEILING_SCENES)]
-    stage.summary({**metrics, "detector_accuracy": scene_detector.own_accuracy(scenes, classifier)})
+    stage.summary({**metrics, "detector_accuracy": scene_detector.own_accuracy(scenes, classifier, config.grid)})
 
 
 if __name__ == "__main__":

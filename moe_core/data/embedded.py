@@ -1,6 +1,7 @@
 """Small coloured scenes made from scikit-learn's handwritten digits: the data set that needs no download.
 
-- A scene is a square RGB picture of 2 x 2 cells; a cell is black or holds one real handwritten digit in one colour.
+- A scene is a square RGB picture of 1 x 1 or 2 x 2 cells; a cell is black or holds one real handwritten digit in one
+  colour.
 - Prompts are of GenEval's six kinds, and each comes with GenEval's own record: `{tag, include: [{class, count, color?,
   position?}], prompt}`; a position is `["left of", 0]`: this object lies left of `include[0]`.
 - Sample i is a function of (seed, i) alone, so the data set does not depend on how it is cut or in what order it is
@@ -38,9 +39,8 @@ COLOURS = {
     "white": (1.0, 1.0, 1.0),
 }
 DIGIT_PIXELS = 8
-"""Side of one of scikit-learn's digits; a canvas of 16 shows them unscaled."""
-CELLS = 4
-"""Cells of a scene, numbered row by row: 0 1 over 2 3."""
+"""Side of one of scikit-learn's digits; a larger cell shows it in larger pixels."""
+MAX_CELLS = 4
 POSITIONS = ("left of", "right of", "above", "below")
 SAMPLES_PER_TAR = 5000
 _PROMPT_STREAM = 1
@@ -88,14 +88,14 @@ def evaluator_digits(config: EmbeddedDataConfig) -> tuple[NDArray[np.float32], N
     return images[cut:], classes[cut:]
 
 
-def render(placed: list[tuple[int, NDArray[np.float32], str]], canvas: int) -> NDArray[np.uint8]:
+def render(placed: list[tuple[int, NDArray[np.float32], str]], canvas: int, grid: int) -> NDArray[np.uint8]:
     """Draws (cell, ink [8, 8], colour name) triples on black; returns uint8 [canvas, canvas, 3].
 
-    Raises DataError for a canvas that is not a multiple of 16, an unknown colour, or two digits in one cell.
+    Cells are numbered row by row. Raises DataError for a canvas that the cells do not fill, an unknown colour, or two
+    digits in one cell.
     """
-    if canvas <= 0 or canvas % (2 * DIGIT_PIXELS):
-        raise DataError(f"data.embedded.canvas is {canvas}; it must be a positive multiple of {2 * DIGIT_PIXELS}")
-    side = canvas // 2
+    _check_canvas(canvas, grid)
+    side = canvas // grid
     picture = np.zeros((canvas, canvas, 3), np.float32)
     taken: set[int] = set()
     for cell, ink, colour in placed:
@@ -106,10 +106,8 @@ def render(placed: list[tuple[int, NDArray[np.float32], str]], canvas: int) -> N
         taken.add(cell)
         scale = side // DIGIT_PIXELS
         shape = ink.repeat(scale, axis=0).repeat(scale, axis=1)
-        row, column = divmod(cell, 2)
-        picture[row * side : (row + 1) * side, column * side : (column + 1) * side] = shape[:, :, None] * np.array(
-            COLOURS[colour], np.float32
-        )
+        top, left = (side * place for place in divmod(cell, grid))
+        picture[top : top + side, left : left + side] = shape[:, :, None] * np.array(COLOURS[colour], np.float32)
     return np.round(picture * 255).astype(np.uint8)
 
 
@@ -121,7 +119,7 @@ def make_scene(config: EmbeddedDataConfig, seed: int, index: int) -> Scene:
     placed = [
         (cell, images[rng.choice(np.flatnonzero(classes == digit))], colour) for cell, digit, colour in plan.placed
     ]
-    return Scene(render(placed, config.canvas), plan.record)
+    return Scene(render(placed, config.canvas, config.grid), plan.record)
 
 
 def make_prompts(config: EmbeddedDataConfig, seed: int, count: int) -> list[dict[str, Any]]:
@@ -134,7 +132,7 @@ def make_prompts(config: EmbeddedDataConfig, seed: int, count: int) -> list[dict
 
 def captions_vocabulary() -> list[str]:
     """Captions that together hold every word a scene's prompt may use: what the small tokenizers are made from."""
-    numbers = DIGIT_NAMES[2 : CELLS + 1]
+    numbers = DIGIT_NAMES[2 : MAX_CELLS + 1]
     return [
         *(_a(name) for name in DIGIT_NAMES),
         *(f"{number} {plural}" for number in numbers for plural in PLURALS),
@@ -148,8 +146,7 @@ def write_source(folder: Path, config: EmbeddedDataConfig, seed: int) -> list[Pa
 
     The same parameters give the same bytes: fixed time stamps, owners and compression.
     """
-    if config.canvas % (2 * DIGIT_PIXELS):
-        raise DataError(f"data.embedded.canvas is {config.canvas}; it must be a multiple of {2 * DIGIT_PIXELS}")
+    _check_canvas(config.canvas, config.grid)
     unknown = [colour for colour in config.colours if colour not in COLOURS]
     if unknown:
         raise DataError(f"data.embedded.colours has {unknown}; the known colours are {', '.join(COLOURS)}")
@@ -180,13 +177,14 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
     """Draws what a scene of this kind shows. Whatever the prompt leaves open (cells, colours) is drawn evenly."""
     first, second = (int(d) for d in rng.choice(10, size=2, replace=False))
     names = DIGIT_NAMES[first], DIGIT_NAMES[second]
-    cells = [int(c) for c in rng.permutation(CELLS)]
-    colours = [str(c) for c in rng.choice(config.colours, size=CELLS)]
+    cells = [int(c) for c in rng.permutation(config.grid**2)]
+    colours = [str(c) for c in rng.choice(config.colours, size=MAX_CELLS)]
     needed = {"single_object": 1, "colors": 1}.get(kind, 2)
-    if config.max_digits < needed:
+    room = min(config.max_digits, config.grid**2)
+    if room < needed:
         raise DataError(
-            f"data.embedded.max_digits is {config.max_digits}, but kind '{kind}' shows {needed} digits;"
-            " drop the kind or raise max_digits"
+            f"data.embedded.max_digits is {config.max_digits} and grid {config.grid}, but kind '{kind}' shows {needed}"
+            " digits; drop the kind, or raise max_digits or grid"
         )
     if kind == "single_object":
         return _Plan(_record(kind, _a(names[0]), {"class": names[0], "count": 1}), ((cells[0], first, colours[0]),))
@@ -194,7 +192,7 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
         include = {"class": names[0], "count": 1, "color": colours[0]}
         return _Plan(_record(kind, f"a {colours[0]} {names[0]}", include), ((cells[0], first, colours[0]),))
     if kind == "counting":
-        count = int(rng.integers(2, config.max_digits + 1))
+        count = int(rng.integers(2, room + 1))
         include = {"class": names[0], "count": count}
         placed = tuple((cells[i], first, colours[i]) for i in range(count))
         return _Plan(_record(kind, f"{DIGIT_NAMES[count]} {PLURALS[first]}", include), placed)
@@ -218,6 +216,14 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
     include = [{"class": names[1], "count": 1}, {"class": names[0], "count": 1, "position": [relation, 0]}]
     prompt = f"{_a(names[0])} {relation} {_a(names[1])}"
     return _Plan(_record(kind, prompt, *include), ((here, first, colours[0]), (there, second, colours[1])))
+
+
+def _check_canvas(canvas: int, grid: int) -> None:
+    if canvas <= 0 or canvas % (grid * DIGIT_PIXELS):
+        raise DataError(
+            f"data.embedded.canvas is {canvas}; for a grid of {grid} it must be a positive multiple of"
+            f" {grid * DIGIT_PIXELS}"
+        )
 
 
 def _a(name: str) -> str:

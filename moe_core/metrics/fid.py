@@ -13,44 +13,38 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from moe_core.data.embedded import DIGIT_PIXELS
 from moe_core.errors import DataError
 from moe_core.metrics.classifier import FEATURES, DigitClassifier
+from moe_core.metrics.scene_detector import cut_cells
 
 MIN_PICTURES = 2
 _BATCH = 256
 
 
 class SceneFeatures(nn.Module):
-    """uint8 [B, 3, S, S] -> [B, 67]."""
+    """uint8 [B, 3, S, S] of `grid` x `grid` cells -> [B, 67]."""
 
     num_features = FEATURES + 3
 
-    def __init__(self, classifier: DigitClassifier) -> None:
+    def __init__(self, classifier: DigitClassifier, grid: int) -> None:
         super().__init__()
         self.classifier = classifier.eval()
+        self.grid = grid
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features of whole scenes."""
-        side = 2 * DIGIT_PIXELS
-        small = nn.functional.adaptive_avg_pool2d(pictures.float() / 255, side)
-        cells = (
-            small.unflatten(3, (2, DIGIT_PIXELS))
-            .unflatten(2, (2, DIGIT_PIXELS))
-            .permute(0, 2, 4, 1, 3, 5)
-            .flatten(0, 2)
-        )
+        cells = cut_cells(pictures.permute(0, 2, 3, 1).numpy(), self.grid)
         ink = self.classifier.features(cells.amax(1, keepdim=True))
-        return torch.cat([ink, cells.mean((2, 3))], 1).unflatten(0, (-1, 4)).mean(1)
+        return torch.cat([ink, cells.mean((2, 3))], 1).unflatten(0, (-1, self.grid**2)).mean(1)
 
 
 @torch.inference_mode()
-def frechet_distance(real: NDArray[np.uint8], made: NDArray[np.uint8], classifier: DigitClassifier) -> float:
+def frechet_distance(real: NDArray[np.uint8], made: NDArray[np.uint8], classifier: DigitClassifier, grid: int) -> float:
     """Distance between real and made pictures, uint8 [N, S, S, 3]. Raises DataError for fewer than two of either."""
     for name, pictures in (("real", real), ("made", made)):
         if len(pictures) < MIN_PICTURES:
             raise DataError(f"there are {len(pictures)} {name} pictures; the distance needs at least {MIN_PICTURES}")
-    metric = FrechetInceptionDistance(feature=SceneFeatures(classifier))
+    metric = FrechetInceptionDistance(feature=SceneFeatures(classifier, grid))
     for pictures, is_real in ((real, True), (made, False)):
         for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(_BATCH):
             metric.update(part, real=is_real)

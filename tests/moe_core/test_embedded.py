@@ -86,10 +86,19 @@ def test_a_larger_canvas_shows_the_same_scene_larger():
     assert np.array_equal(large, small.repeat(2, 0).repeat(2, 1))
 
 
+def test_a_grid_of_one_shows_one_large_digit():
+    config = _config(grid=1, kinds=("single_object", "colors"), max_digits=1)
+    scene = embedded.make_scene(config, 0, 0)
+    assert scene.image.shape == (16, 16, 3)
+    assert np.array_equal(scene.image, scene.image[::2, ::2].repeat(2, 0).repeat(2, 1))
+    assert scene.image.any()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"canvas": 20}, "canvas is 20"),
+        ({"grid": 1, "kinds": ("position",)}, "grid 1"),
         ({"colours": ("red", "mauve")}, "mauve"),
         ({"kinds": ("two_object",), "max_digits": 1}, "max_digits is 1"),
     ],
