@@ -18,7 +18,7 @@ from pathlib import Path
 from flows import processes
 from flows.ray_head import free_port
 from flows.services import Ports, Services, existing
-from flows.workspace import RunFailed, checkout_root, git, python_environment
+from flows.workspace import CODE, RunFailed, checkout_root, git, python_environment
 from moe_core.errors import ConfigError, Dense2MoEError
 
 EXPERIMENT = "demo"
@@ -94,7 +94,7 @@ def main() -> int:
         with prefect_environment(checkout) as extra:
             command = [sys.executable, "-m", "flows.pipeline", "--experiment", EXPERIMENT, "--name", name]
             # The flow's own process: Prefect reads its settings when it is imported.
-            run = subprocess.run(command, cwd=checkout, env={**python_environment(checkout), **extra})
+            run = subprocess.run(command, cwd=CODE, env={**python_environment(CODE), **extra})
         if run.returncode:
             print(f"the run {name} failed; what it says above names the stage", file=sys.stderr)
             return run.returncode

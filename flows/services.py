@@ -21,7 +21,7 @@ import psutil
 
 from flows import processes
 from flows.ray_head import LOOPBACK, RayHead, tail
-from flows.workspace import checkout_root, python_environment, workspaces
+from flows.workspace import CODE, checkout_root, python_environment, workspaces
 from moe_core.errors import ConfigError, Dense2MoEError
 
 START_S = 90.0
@@ -150,12 +150,11 @@ class Services:
 
     def _start(self, name: str, command: list[str], extra: dict[str, str]) -> None:
         # The code is this file's, wherever the checkout is that it works on.
-        code = Path(__file__).resolve().parents[1]
-        environment = {**python_environment(code), **extra}
+        environment = {**python_environment(CODE), **extra}
         self.log(name).unlink(missing_ok=True)
         if not Path(command[0]).is_absolute():
             command = [str(Path(sys.executable).parent / command[0]), *command[1:]]
-        processes.start(command, record=self.record(name), log=self.log(name), cwd=code, env=environment)
+        processes.start(command, record=self.record(name), log=self.log(name), cwd=CODE, env=environment)
 
     def wait_prefect(self) -> None:
         """Returns when the Prefect server answers; raises ServiceFailed otherwise."""

@@ -33,6 +33,10 @@ LINK_TYPES = ["reflink", "hardlink", "symlink"]
 """Never `copy`: a FLUX teacher is 24 GB."""
 
 
+CODE = Path(__file__).resolve().parents[1]
+"""Where this flow's own code is; a run's stages use the worktree's."""
+
+
 class RunFailed(Dense2MoEError):
     """A run cannot go on; its message says at which stage and why."""
 
@@ -40,7 +44,7 @@ class RunFailed(Dense2MoEError):
 def checkout_root() -> Path:
     """The main checkout: the one given by DENSE2MOE_CHECKOUT, or the one (not a worktree) that holds this file."""
     given = os.environ.get("DENSE2MOE_CHECKOUT")
-    start = Path(given) if given else Path(__file__).resolve().parents[1]
+    start = Path(given) if given else CODE
     common = Path(git("rev-parse", "--path-format=absolute", "--git-common-dir", cwd=start))
     return common.parent
 

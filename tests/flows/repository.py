@@ -48,7 +48,7 @@ child = None
 if steps:
     # What stages leave behind at worst: a child in a session of its own that does not listen to TERM.
     child = subprocess.Popen(["sh", "-c", "trap '' TERM; while :; do sleep 1; done"], start_new_session=True)
-if params["seed"] > 999:
+if steps and params["seed"] > 999:
     import ray
 
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.flows.repository import PATIENCE_S, PROJECT, Stack
+from tests.flows.repository import PROJECT, Stack
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

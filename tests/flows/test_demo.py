@@ -1,0 +1,42 @@
+"""`make demo` on the test repository: a Prefect server of its own, the run, and its reports in the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import demo
+from tests.flows.repository import PROJECT, dvc, leftovers, make_repository, run
+
+
+def test_the_summary_is_a_table_of_the_models_numbers(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "L.json").write_text(
+        json.dumps({"accuracy": 0.98765, "kinds": {"one": 1}, "parameters": 123456})
+    )
+    (tmp_path / "eval" / "XS.json").write_text(json.dumps({"accuracy": 0.9}))
+    assert demo.summary(tmp_path).splitlines() == [
+        "model  accuracy  parameters",
+        "L      0.9877    1.235e+05 ",
+        "XS     0.9       nan       ",
+    ]
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_reports_in_the_checkout(tmp_path: Path) -> None:
+    checkout = make_repository(tmp_path / "checkout")
+    environment = {**os.environ, "DENSE2MOE_CHECKOUT": str(checkout)}
+    command = [sys.executable, "-m", "flows.demo"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(checkout / "reports" / "index.html") in done.stdout
+    assert "accuracy" in done.stdout
+    assert (checkout / "reports" / "report.md").is_file()
+    assert "up to date" in dvc("repro", cwd=checkout)
+    assert not leftovers(checkout)
+    assert "demo-" in run("git", "for-each-ref", "refs/exps", cwd=checkout)
