@@ -63,7 +63,7 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
         )
     try:
-        _check_size(compute)
+        check_size(compute)
         yield
     finally:
         ray.shutdown()
@@ -82,7 +82,8 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def _check_size(compute: ComputeConfig) -> None:
+def check_size(compute: ComputeConfig) -> None:
+    """Raises ConfigError where the cluster could never place the workers: Ray itself would wait for ever."""
     there = ray.cluster_resources()
     workers = max(compute.num_workers, 1)
     for resource, each in (("CPU", compute.cpus_per_worker), ("GPU", int(compute.use_gpu))):

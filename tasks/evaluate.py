@@ -22,20 +22,21 @@ from moe_core.metrics import fid, fidelity, geneval, routing_use, scene_detector
 from moe_core.metrics.classifier import DigitClassifier
 from tasks import generation, outs
 from tasks.generation import Made, Unit
-from tasks.models import DENSE, transformer
-from tasks.places import EVALUATIONS, EVALUATOR, IMAGES, PROMPTS
+from tasks.places import DENSE, EVALUATIONS, EVALUATOR, IMAGES, PROMPTS
 from tasks.source_files import read_prompts
 from tasks.stage import Stage, execute
 
 INTERVAL = "95 %, Agresti-Coull within each kind"
 REAL_SCENES = 1000
 VALIDATION_BATCH = 64
+SHEET = 8
+"""Pictures that MLflow shows side by side."""
 
 
-def evaluate(name: str, stage: Stage) -> None:
-    """Writes data/images/<model>/ and reports/eval/<model>.json."""
+def evaluate(name: str, folder: Path, stage: Stage) -> None:
+    """Writes data/images/<model>/ and reports/eval/<model>.json; `folder` holds the model's transformer."""
     params, root = stage.params, stage.root
-    folder, dense = transformer(params, name), name == DENSE
+    dense = name == DENSE
     records = read_prompts(root / PROMPTS)
     reference = None if dense else _pictures(root / IMAGES / DENSE, len(records))
     size = params.eval.batch_size
@@ -70,7 +71,7 @@ def evaluate(name: str, stage: Stage) -> None:
         | {f"accuracy_{kind}": value for kind, value in report["accuracy_by_kind"].items()}
         | {f"params_{key}": report["params"][key] for key in ("total", "activated", "activated_paper")}
     )
-    stage.run.image("pictures.png", _sheet(images[: params.eval.gallery]))
+    stage.run.image("pictures.png", _sheet(images[:SHEET]))
 
 
 def _pictures(folder: Path, count: int) -> NDArray[np.uint8]:
@@ -157,4 +158,4 @@ def sections(params: Params) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    execute(f"evaluate@{sys.argv[1]}", partial(evaluate, sys.argv[1]), sections)
+    execute(f"evaluate@{sys.argv[1]}", partial(evaluate, sys.argv[1], Path(sys.argv[2])), sections)

@@ -78,8 +78,8 @@ class Generator:
         """The distillation loss against the dense teacher on the fixed validation samples."""
         from moe_core import sampling
         from moe_core.data.latents import LatentDataset
-        from tasks.batches import validation_loss
         from tasks.places import SHARDS, TEACHER
+        from tasks.validation import validation_loss
 
         teacher = sampling.load_pipeline(self.root / TEACHER, None, self.pipeline.device)
         return validation_loss(

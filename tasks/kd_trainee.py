@@ -14,8 +14,9 @@ from moe_core.config import KDStageConfig, Params
 from moe_core.data.latents import LatentDataset
 from moe_core.distill import KDBatch, KDStep
 from moe_core.transformer import FluxMoETransformer2DModel
-from tasks import batches
+from tasks.batches import make_batch
 from tasks.places import SHARDS
+from tasks.validation import validation_loss
 
 
 class KDTrainee:
@@ -45,11 +46,11 @@ class KDTrainee:
     def batch(self, positions: Sequence[int]) -> KDBatch:
         """Samples, noise and noise levels at these positions."""
         rows = noise.sample_index(self.seed, positions, len(self.train))
-        return batches.make_batch(self.pipeline, self.train, rows, self.seed, positions, self.params)
+        return make_batch(self.pipeline, self.train, rows, self.seed, positions, self.params)
 
     def validate(self) -> dict[str, float]:
         """The distillation loss on fixed samples with fixed noise: the same ones for every stage and model."""
-        return batches.validation_loss(self.pipeline, self.student, self.validation, self.params, self.batch_size)
+        return validation_loss(self.pipeline, self.student, self.validation, self.params, self.batch_size)
 
     def save(self, folder: Path) -> None:
         """Writes the student as a diffusers model folder."""

@@ -14,8 +14,8 @@ from diffusers import FluxPipeline
 from moe_core import sampling
 from moe_core.config import Params
 from tasks import outs
-from tasks.models import DENSE, transformers
-from tasks.places import LATENCY, PROMPTS, TEACHER
+from tasks.models import transformers
+from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
 from tasks.source_files import read_prompts
 from tasks.stage import Stage, execute
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
+from moe_core import muon
 from moe_core.config import OptimizerConfig
-from moe_core.muon import Muon, split_parameters
 
 ONE_CYCLE_START = 25.0
 """one_cycle starts at the peak rate over this (torch's OneCycleLR has the same default)."""
@@ -29,8 +29,10 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over what is trained of `module`."""
+    """The optimizer of the parameters of `module` that are trained."""
     if config.optimizer == "muon":
-        return Muon(*split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+        return muon.Muon(*muon.split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )

@@ -16,3 +16,6 @@ STAGE_REPORTS = Path("reports/stages")
 CURVES = Path("reports/curves")
 EVALUATIONS = Path("reports/eval")
 LATENCY = Path("reports/latency.json")
+
+DENSE = "teacher"
+"""Name of the dense model among those that are evaluated."""

@@ -33,8 +33,12 @@ class ResumeFolder:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.path.with_name(self.path.name + ".lock"))
-        self.path.mkdir(exist_ok=True)
-        self._check()
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._check()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(

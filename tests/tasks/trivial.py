@@ -63,3 +63,9 @@ def build(
     device: torch.device, seconds: float = 0.0, kill_at: int | None = None, mark: str | None = None, nan_at: int | None = None
 ) -> Trivial:
     return Trivial(seconds, kill_at, mark, nan_at)
+
+
+def build_frozen(device: torch.device) -> Trivial:
+    trainee = Trivial(0.0, None, None, None)
+    trainee.module.requires_grad_(False)
+    return trainee

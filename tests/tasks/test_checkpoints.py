@@ -1,0 +1,81 @@
+"""Checkpoints: bit-identical, whole or passed over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moe_core.config import OptimizerConfig
+from moe_core.errors import CheckpointError
+from tasks import checkpoints, optimizer
+from tests.tasks.trivial import Linear
+
+
+def steps(module: nn.Module, optim: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        optim.zero_grad()
+        module((x, x.sum(1)))["loss"].backward()
+        optim.step()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_restored_training_goes_on_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    config = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.1, weight_decay=0.1, optimizer=kind)
+    torch.manual_seed(0)
+    whole = Linear()
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    optim = optimizer.build(config, whole)
+    steps(whole, optim, 0, 4)
+    checkpoint = checkpoints.save(tmp_path, 4, whole, optim)
+    steps(whole, optim, 4, 10)
+
+    again = Linear()
+    again.load_state_dict(start)
+    optim = optimizer.build(config, again)
+    checkpoints.load(checkpoint, again, optim)
+    steps(again, optim, 4, 10)
+
+    assert checkpoints.check(checkpoint) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert not any("frozen" in name for name in json.dumps([p.name for p in checkpoint.iterdir()]))
+
+
+def test_only_the_newest_two_stay_and_broken_ones_are_named(tmp_path: Path) -> None:
+    module = Linear()
+    optim = torch.optim.AdamW(module.parameters())
+    for step in (5, 10, 15):
+        checkpoints.save(tmp_path, step, module, optim)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+    state = tmp_path / "step-00000015" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    found, broken = checkpoints.newest(tmp_path)
+    assert found == tmp_path / "step-00000010"
+    assert "step-00000015" in broken[0]
+    assert "its manifest says" in broken[0]
+
+    (tmp_path / "step-00000010" / "manifest.json").unlink()
+    found, broken = checkpoints.newest(tmp_path)
+    assert found is None
+    assert len(broken) == 2
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000005.partial-1").mkdir()
+    (tmp_path / ".step-00000005.partial-1" / "state.safetensors").write_bytes(b"half")
+    assert checkpoints.newest(tmp_path) == (None, [])
+    checkpoints.save(tmp_path, 5, Linear(), torch.optim.AdamW(Linear().parameters()))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    module = Linear()
+    checkpoint = checkpoints.save(tmp_path, 5, module, torch.optim.AdamW(module.parameters()))
+    other = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: missing \['0.bias', '0.weight'\]"):
+        checkpoints.load(checkpoint, other, torch.optim.AdamW(other.parameters()))

@@ -1,0 +1,176 @@
+"""The loop in one process: resuming, metrics, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_core.config import ComputeConfig, OptimizerConfig
+from moe_core.errors import ConfigError, TrainingError
+from tasks import optimizer, run_training, training
+from tasks.curves import Curve, Point
+from tasks.phase import METRICS, NOTES, PRODUCT, MetricsTail, Phase
+
+CPU = torch.device("cpu")
+Maker = Callable[..., Phase]
+
+
+class Killed(Exception):
+    """Stands in for a kill, in one process; the tests on Ray kill for real."""
+
+
+def run(phases: list[Phase], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    training.run(phases, folder, CPU, 1, 0)
+
+
+def product(folder: Path, name: str = "train") -> dict[str, torch.Tensor]:
+    return load_file(folder / name / PRODUCT / "model.safetensors")
+
+
+def records(folder: Path, name: str = "train") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / name / METRICS).read_text().splitlines()]
+
+
+def without_time(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("stop", [1, 5, 13, 19])
+def test_resumed_at_any_step_it_ends_bit_for_bit_the_same(
+    tmp_path: Path, phase: Maker, monkeypatch: pytest.MonkeyPatch, stop: int, kind: str
+) -> None:
+    run([phase(optimizer=kind)], tmp_path / "whole")
+    taken = 0
+    step = training._Loop._step
+
+    def killed(*arguments: object) -> None:
+        nonlocal taken
+        if taken == stop:
+            raise Killed
+        taken += 1
+        step(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Loop, "_step", killed)
+        with pytest.raises(Killed):
+            run([phase(optimizer=kind)], tmp_path / "cut")
+    run([phase(optimizer=kind)], tmp_path / "cut")
+
+    expected, found = product(tmp_path / "whole"), product(tmp_path / "cut")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert without_time(records(tmp_path / "cut")) == without_time(records(tmp_path / "whole"))
+
+
+def test_the_curve_has_every_step_once(tmp_path: Path, phase: Maker) -> None:
+    run([phase()], tmp_path)
+    rows = records(tmp_path)
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 21))
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [0, 10, 20]
+    assert rows[0]["split"] == "validation"
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path, phase: Maker) -> None:
+    run([phase(steps=10)], tmp_path)
+    file = tmp_path / "train" / METRICS
+    whole = without_time(records(tmp_path))
+    (tmp_path / "train" / PRODUCT).rename(tmp_path / "gone")
+    file.write_text(file.read_text() + '{"split": "train", "st')
+    run([phase(steps=10)], tmp_path)
+    assert without_time(records(tmp_path)) == whole
+
+
+def test_a_broken_checkpoint_is_named_and_the_older_one_used(tmp_path: Path, phase: Maker) -> None:
+    run([phase()], tmp_path / "whole")
+    run([phase()], tmp_path / "cut")
+    (tmp_path / "cut" / "train" / PRODUCT).rename(tmp_path / "gone")
+    (tmp_path / "cut" / "train" / "step-00000020" / "state.safetensors").write_bytes(b"x")
+    run([phase()], tmp_path / "cut")
+    notes = (tmp_path / "cut" / NOTES).read_text()
+    assert "passed over: checkpoint" in notes
+    assert "train goes on from" in notes
+    assert "step-00000015" in notes
+    assert torch.equal(product(tmp_path / "whole")["layer.weight"], product(tmp_path / "cut")["layer.weight"])
+
+
+def test_a_finished_phase_is_passed_over(tmp_path: Path, phase: Maker) -> None:
+    run([phase("a")], tmp_path)
+    before = (tmp_path / "a" / METRICS).read_text()
+    run([phase("a"), phase("b")], tmp_path)
+    assert (tmp_path / "a" / METRICS).read_text() == before
+    assert (tmp_path / "b" / PRODUCT).is_dir()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_its_checkpoint(tmp_path: Path, phase: Maker) -> None:
+    with pytest.raises(TrainingError, match=r"train: the loss is nan at step 8; a lower learning_rate \(now 0.1\)"):
+        run([phase(nan_at=56)], tmp_path)
+    assert [p.name for p in (tmp_path / "train").glob("step-*")] == ["step-00000005"]
+
+
+def test_a_trainee_with_nothing_to_train_is_refused(tmp_path: Path, phase: Maker) -> None:
+    broken = Phase(**{**phase().__dict__, "build": "tests.tasks.trivial:build_frozen"})
+    with pytest.raises(ConfigError, match="no parameter is trained"):
+        run([broken], tmp_path)
+
+
+def test_the_driver_passes_every_record_on(tmp_path: Path, phase: Maker, compute: Callable[..., ComputeConfig]) -> None:
+    seen: dict[str, list[tuple[str, int]]] = {"a": [], "b": []}
+
+    def watch(job: Phase, rows: list[dict[str, float]]) -> None:
+        seen[job.name] += [(str(row["split"]), int(row["step"])) for row in rows]
+
+    run_training.train([phase("a"), phase("b")], tmp_path, compute(0), 0, watch)
+    assert seen["a"] == seen["b"] == [(row["split"], row["step"]) for row in records(tmp_path, "a")]
+
+
+def test_an_error_of_the_driver_is_raised_once_the_training_is_over(
+    tmp_path: Path, phase: Maker, compute: Callable[..., ComputeConfig]
+) -> None:
+    def watch(job: Phase, rows: list[dict[str, float]]) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_training.train([phase()], tmp_path, compute(0), 0, watch)
+    assert (tmp_path / "train" / PRODUCT).is_dir()
+
+
+def test_the_tail_sees_each_record_once_though_the_file_is_cut_back(tmp_path: Path) -> None:
+    file = tmp_path / METRICS
+    lines = [json.dumps({"split": "train", "step": step}) + "\n" for step in range(1, 6)]
+    tail = MetricsTail(file)
+    assert list(tail.read()) == []
+    file.write_text("".join(lines[:4]) + lines[4][:7])
+    assert [row["step"] for row in tail.read()] == [1, 2, 3, 4]
+    (tmp_path / "shorter").write_text("".join(lines[:2]))
+    (tmp_path / "shorter").replace(file)
+    assert list(tail.read()) == []
+    with file.open("a") as handle:
+        handle.writelines(lines[2:])
+    assert [row["step"] for row in tail.read()] == [5]
+
+
+def test_a_curve_is_means_over_windows_that_depend_on_the_steps_alone() -> None:
+    rows = [{"split": "train", "step": step, "loss": float(step), "seconds": 1.0} for step in range(1, 251)]
+    rows.insert(100, {"split": "validation", "step": 100, "loss": 7.0})
+    points = list(Curve(250).add(rows))
+    assert points[0] == Point("train", 2, {"loss": 1.5})
+    assert Point("validation", 100, {"loss": 7.0}) in points
+    split = Curve(250)
+    assert list(split.add(rows[:33])) + list(split.add(rows[33:])) == points
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+def test_the_learning_rate_rises_to_its_peak_and_never_above(schedule: str) -> None:
+    config = OptimizerConfig(steps=100, batch_size=1, learning_rate=0.5, schedule=schedule, warmup_steps=10)
+    rates = [optimizer.learning_rate(config, step) for step in range(100)]
+    assert max(rates) == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.5)
+    assert rates[:10] == sorted(rates[:10])
+    assert all(rate > 0 for rate in rates)
+    assert rates[-1] == pytest.approx(0.5) if schedule == "constant" else rates[-1] < 0.001
