@@ -33,10 +33,11 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     """
     ends = ("x_embedder", "context_embedder", "proj_out")
     matrices: list[nn.Parameter] = []
+    weights = dict(module.named_parameters(remove_duplicate=False))
     for name, part in module.named_modules():
         outermost = "blocks" not in name and name.rpartition(".")[2] in ends
         if isinstance(part, nn.Linear) and part.weight.requires_grad and not outermost:
-            matrices.append(part.weight)
+            matrices.append(weights[f"{name}.weight" if name else "weight"])
     taken = {id(weight) for weight in matrices}
     rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in taken]
     return matrices, rest
@@ -83,11 +84,12 @@ class Muon(Optimizer):
         for shape, alike in by_shape.items():
             updates = []
             for weight in alike:
-                state = self.state[weight]
+                state, grad = self.state[weight], weight.grad
+                assert grad is not None
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-                updates.append(weight.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+                momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
+                updates.append(grad.lerp(momentum, MOMENTUM))  # Nesterov's
             size = group["lr"] * _ADAM_SIZE * max(shape) ** 0.5
             for weight, update in zip(alike, orthogonalize(torch.stack(updates)), strict=True):
                 weight.add_(update.to(weight.dtype), alpha=-size)

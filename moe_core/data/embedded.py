@@ -187,35 +187,36 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
             " digits; drop the kind, or raise max_digits or grid"
         )
     if kind == "single_object":
-        return _Plan(_record(kind, _a(names[0]), {"class": names[0], "count": 1}), ((cells[0], first, colours[0]),))
+        return _Plan(_record(kind, _a(names[0]), [_object(first)]), ((cells[0], first, colours[0]),))
     if kind == "colors":
-        include = {"class": names[0], "count": 1, "color": colours[0]}
+        include = [_object(first, color=colours[0])]
         return _Plan(_record(kind, f"a {colours[0]} {names[0]}", include), ((cells[0], first, colours[0]),))
     if kind == "counting":
         count = int(rng.integers(2, room + 1))
-        include = {"class": names[0], "count": count}
         placed = tuple((cells[i], first, colours[i]) for i in range(count))
-        return _Plan(_record(kind, f"{DIGIT_NAMES[count]} {PLURALS[first]}", include), placed)
+        return _Plan(_record(kind, f"{DIGIT_NAMES[count]} {PLURALS[first]}", [_object(first, count)]), placed)
     if kind == "two_object":
-        include = [{"class": name, "count": 1} for name in names]
-        return _Plan(
-            _record(kind, f"{_a(names[0])} and {_a(names[1])}", *include),
-            ((cells[0], first, colours[0]), (cells[1], second, colours[1])),
-        )
+        prompt = f"{_a(names[0])} and {_a(names[1])}"
+        placed = ((cells[0], first, colours[0]), (cells[1], second, colours[1]))
+        return _Plan(_record(kind, prompt, [_object(first), _object(second)]), placed)
     if kind == "color_attr":
-        pair = [str(c) for c in rng.choice(config.colours, size=2, replace=False)]
-        include = [{"class": name, "count": 1, "color": colour} for name, colour in zip(names, pair, strict=True)]
-        prompt = f"a {pair[0]} {names[0]} and a {pair[1]} {names[1]}"
-        return _Plan(_record(kind, prompt, *include), ((cells[0], first, pair[0]), (cells[1], second, pair[1])))
+        one, other = (str(c) for c in rng.choice(config.colours, size=2, replace=False))
+        include = [_object(first, color=one), _object(second, color=other)]
+        prompt = f"a {one} {names[0]} and a {other} {names[1]}"
+        return _Plan(_record(kind, prompt, include), ((cells[0], first, one), (cells[1], second, other)))
     if kind != "position":
         raise DataError(f"kind is '{kind}'; it must be one of GenEval's six")
     relation = POSITIONS[int(rng.integers(len(POSITIONS)))]
     line = int(rng.integers(2))
     lesser, greater = (2 * line, 2 * line + 1) if relation in ("left of", "right of") else (line, line + 2)
     here, there = (lesser, greater) if relation in ("left of", "above") else (greater, lesser)
-    include = [{"class": names[1], "count": 1}, {"class": names[0], "count": 1, "position": [relation, 0]}]
+    include = [_object(second), _object(first, position=[relation, 0])]
     prompt = f"{_a(names[0])} {relation} {_a(names[1])}"
-    return _Plan(_record(kind, prompt, *include), ((here, first, colours[0]), (there, second, colours[1])))
+    return _Plan(_record(kind, prompt, include), ((here, first, colours[0]), (there, second, colours[1])))
+
+
+def _object(digit: int, count: int = 1, **more: Any) -> dict[str, Any]:
+    return {"class": DIGIT_NAMES[digit], "count": count, **more}
 
 
 def _check_canvas(canvas: int, grid: int) -> None:
@@ -230,5 +231,5 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _record(tag: str, prompt: str, *include: dict[str, Any]) -> dict[str, Any]:
-    return {"tag": tag, "include": list(include), "prompt": prompt}
+def _record(tag: str, prompt: str, include: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"tag": tag, "include": include, "prompt": prompt}

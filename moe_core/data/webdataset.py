@@ -52,6 +52,15 @@ class Reject:
     detail: str
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A plain file of a tar."""
+
+    key: str
+    suffix: str
+    content: bytes
+
+
 def list_tars(folder: Path) -> list[Path]:
     """The .tar files of a folder, by name. Raises DataError if there is no folder or no tar."""
     if not folder.is_dir():
@@ -71,15 +80,15 @@ def read_samples(
     anyway, with `decode`, saves the time. Raises DataError if the file is no tar.
     """
     seen: set[str] = set()
-    for key, group in itertools.groupby(
-        _members(tar), key=lambda entry: entry if isinstance(entry, Reject) else entry[0]
-    ):
-        if isinstance(key, Reject):
-            yield from (entry for entry in group if isinstance(entry, Reject))
+    for key, group in itertools.groupby(_members(tar), key=lambda entry: entry.key):
+        files: dict[str, bytes] = {}
+        for entry in group:
+            if isinstance(entry, Reject):
+                yield entry
+            else:
+                files[entry.suffix] = entry.content
+        if not files:
             continue
-        files = [
-            (suffix, content) for _, suffix, content in (entry for entry in group if not isinstance(entry, Reject))
-        ]
         if key in seen:
             yield Reject(
                 key,
@@ -90,9 +99,9 @@ def read_samples(
         seen.add(key)
         found = _sample(tar, key, files, max_caption_chars)
         if isinstance(found, Sample) and check_images:
-            fault = decode_or_reject(found, resolution=None)
-            if isinstance(fault, Reject):
-                found = fault
+            picture = decode_or_reject(found, resolution=None)
+            if isinstance(picture, Reject):
+                found = picture
         yield found
 
 
@@ -135,8 +144,8 @@ def decode_or_reject(sample: Sample, resolution: int | None) -> NDArray[np.uint8
     return np.asarray(picture)
 
 
-def _members(tar: Path) -> Iterator[tuple[str, str, bytes] | Reject]:
-    """(key, suffix, content) of each plain file, and Rejects for the rest and for a cut-off end."""
+def _members(tar: Path) -> Iterator[_Member | Reject]:
+    """Each plain file, and Rejects for the rest and for a cut-off end."""
     try:
         archive = tarfile.open(tar, "r:")  # noqa: SIM115 - closed below; an error at opening has its own message
     except (tarfile.TarError, OSError) as error:
@@ -174,7 +183,7 @@ def _members(tar: Path) -> Iterator[tuple[str, str, bytes] | Reject]:
             else:
                 # WebDataset's rule: the key ends at the first dot of the file name.
                 stem, _, suffix = path.name.partition(".")
-                yield f"{tar.stem}/{path.parent / stem}", suffix.lower(), content
+                yield _Member(f"{tar.stem}/{path.parent / stem}", suffix.lower(), content)
         if not _ends_whole(tar, archive.offset):
             yield _truncated(tar, f"no end mark after byte {archive.offset}")
 
@@ -208,9 +217,8 @@ def _truncated(tar: Path, detail: str) -> Reject:
     )
 
 
-def _sample(tar: Path, key: str, files: list[tuple[str, bytes]], max_caption_chars: int) -> Sample | Reject:
+def _sample(tar: Path, key: str, by_suffix: dict[str, bytes], max_caption_chars: int) -> Sample | Reject:
     """The pair that these members of one key make, or why they make none."""
-    by_suffix = dict(files)
     image = next((by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix), None)
     if image is None:
         return Reject(
