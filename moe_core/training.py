@@ -17,10 +17,14 @@ from torch import nn
 class Trainee(Protocol):
     """Something to train for a number of steps."""
 
-    module: nn.Module
-    """`module(batch)` returns a dict of scalar tensors; "loss" is minimised, the rest is logged. Its parameters with
-    requires_grad are trained and saved for resuming; all others must be reproduced by building the trainee again. This
-    is what DDP wraps."""
+    @property
+    def module(self) -> nn.Module:
+        """`module(batch)` returns a dict of scalar tensors; "loss" is minimised, the rest is logged.
+
+        Its parameters with requires_grad are trained and saved for resuming; all others must be reproduced by building
+        the trainee again. This is what DDP wraps.
+        """
+        ...
 
     def batch(self, positions: Sequence[int]) -> Any:
         """The inputs for these global sample positions (step * batch_size + i), on the module's device."""

@@ -58,7 +58,7 @@ def save(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Opti
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint below `folder`, if any, and what is wrong with each broken one that was passed over."""
-    broken = []
+    broken: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             check(candidate)

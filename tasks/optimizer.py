@@ -33,6 +33,4 @@ def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         return muon.Muon(*muon.split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -60,11 +61,17 @@ def train_stage(stage: Stage, phases: Sequence[tuple[str, str, dict[str, Any], O
 
     with contextlib.nullcontext() if compute.num_workers == 0 else stage.ray():
         train(jobs, folder, compute, stage.params.seed, watch)
+    stage.run.tag({"work_seconds": f"{sum(_work_seconds(folder / job.name / METRICS) for job in jobs):.1f}"})
     points = {job.name: curves.read(folder / job.name / METRICS, job.optimizer.steps) for job in jobs}
     for job in jobs:
         suffix = "" if job is jobs[-1] else f"-{job.name}"
         curves.write(stage.root / CURVES / f"{stage.file_name}{suffix}.csv", points[job.name])
     return Trained(folder / jobs[-1].name / PRODUCT, points)
+
+
+def _work_seconds(metrics: Path) -> float:
+    """What rank 0's steps and validations took, of all attempts; what a stage takes beyond that is its overhead."""
+    return sum(json.loads(line)["seconds"] for line in metrics.read_text().splitlines())
 
 
 def train(phases: Sequence[Phase], folder: Path, compute: ComputeConfig, seed: int, watch: Watcher) -> None:

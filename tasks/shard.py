@@ -118,7 +118,10 @@ def _read_tar(row: dict[str, Any], size: int, max_caption_chars: int, resolution
         return made
 
     for sample in webdataset.read_samples(Path(row["tar"]), max_caption_chars, check_images=False):
-        found = webdataset.decode_or_reject(sample, resolution) if isinstance(sample, webdataset.Sample) else sample
+        if isinstance(sample, webdataset.Reject):
+            rejects.append({"key": sample.key, "reason": sample.reason, "detail": sample.detail})
+            continue
+        found = webdataset.decode_or_reject(sample, resolution)
         if isinstance(found, webdataset.Reject):
             rejects.append({"key": found.key, "reason": found.reason, "detail": found.detail})
             continue

@@ -28,7 +28,7 @@ def source(stage: Stage) -> None:
     with outs.folder(root / SOURCE) as folder:
         if data.embedded is not None and data.kind == "embedded":
             tars = embedded.write_source(folder, data.embedded, noise.derive_seed(stage.params.seed, "source"))
-            listing = [{"path": tar.name, "bytes": tar.stat().st_size} for tar in tars]
+            listing: list[dict[str, Any]] = [{"path": tar.name, "bytes": tar.stat().st_size} for tar in tars]
         else:
             listing = _listing(Path(str(data.path)))
         outs.write_json(folder / LISTING, {"tars": listing})

@@ -22,6 +22,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import pandas as pd
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -199,7 +200,10 @@ class StageRun:
 
     def end(self, status: str) -> None:
         """Closes the run: FINISHED, FAILED or KILLED. Wall time adds up over resumed attempts."""
-        self.tag({"seconds": f"{self._seconds + time.monotonic() - self._started:.1f}"})
+        # `seconds`: of all attempts, from this run's opening; `process_seconds`: of this attempt, imports included.
+        alive = time.time() - psutil.Process().create_time()
+        seconds = self._seconds + time.monotonic() - self._started
+        self.tag({"seconds": f"{seconds:.1f}", "process_seconds": f"{alive:.1f}"})
         self.client.set_terminated(self.run_id, status=status)
 
 

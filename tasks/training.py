@@ -150,8 +150,10 @@ class _Loop:
 
     def _validate(self, trainee: Trainee, step: int) -> None:
         # On every rank, so that what the module gathers over ranks is there; the result is the same on each.
+        started = time.monotonic()
         metrics = trainee.validate()
-        self._write([{"split": "validation", "step": step, **metrics}])
+        seconds = round(time.monotonic() - started, 4)
+        self._write([{"split": "validation", "step": step, **metrics, "seconds": seconds}])
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self.worker.rank == 0:

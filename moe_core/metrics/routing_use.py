@@ -48,7 +48,11 @@ class RoutingUse:
 
     def _counter(self, store: Counts, name: str) -> Any:
         def hook(module: nn.Module, args: Any, routing: Any) -> None:
-            probs, indices = (routing[0], routing.indices_Bk) if isinstance(module, BlockRouter) else (routing[0], routing.indices_TK)
+            probs, indices = (
+                (routing[0], routing.indices_Bk)
+                if isinstance(module, BlockRouter)
+                else (routing[0], routing.indices_TK)
+            )
             if name not in store:
                 store[name] = torch.zeros(self.steps, probs.shape[-1], dtype=torch.int64)
             store[name][self._calls % self.steps] += torch.bincount(indices.flatten().cpu(), minlength=probs.shape[-1])

@@ -53,7 +53,7 @@ def test_unknown_stage_and_missing_data_are_named(project: Path) -> None:
     with pytest.raises(ConfigError, match="'nothing' not found"):
         identify(project, "nothing")
     (project / "code.py").unlink()
-    with pytest.raises(DataError, match="code.py, which stage first depends on, does not exist; `dvc repro first`"):
+    with pytest.raises(DataError, match=r"code\.py, which stage first depends on, does not exist; `dvc repro first`"):
         identify(project, "first")
 
 

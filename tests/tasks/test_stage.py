@@ -33,7 +33,7 @@ execute("first", body, lambda p: {"moe": p.moe.model_dump()}, resumable=True)
 
 
 @pytest.fixture
-def run(project: Path):  # noqa: ANN201
+def run(project: Path):
     def go(how: str, **environment: str) -> subprocess.CompletedProcess[str]:
         told = os.environ | {"PYTHONPATH": str(ROOT)} | environment
         return subprocess.run([sys.executable, "-c", SCRIPT, how], cwd=project, env=told, capture_output=True, text=True)
@@ -41,7 +41,7 @@ def run(project: Path):  # noqa: ANN201
     return go
 
 
-def test_a_stage_ends_with_its_report_its_run_and_its_progress(project: Path, run) -> None:  # noqa: ANN001
+def test_a_stage_ends_with_its_report_its_run_and_its_progress(project: Path, run) -> None:
     done = run("well", DENSE2MOE_PROGRESS=str(project / "progress"))
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "reports" / "stages" / "first.json").read_text())
@@ -56,7 +56,7 @@ def test_a_stage_ends_with_its_report_its_run_and_its_progress(project: Path, ru
     assert [p.name for p in (project / ".resume").iterdir() if p.is_dir()] == []
 
 
-def test_an_error_of_ours_is_one_line_and_exit_code_2_and_a_kill_leaves_the_run_to_be_taken_up(project: Path, run) -> None:  # noqa: ANN001
+def test_an_error_of_ours_is_one_line_and_exit_code_2_and_a_kill_leaves_the_run_to_be_taken_up(project: Path, run) -> None:
     done = run("error")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "first: data/set is empty; it must have a sample"
@@ -71,7 +71,7 @@ def test_an_error_of_ours_is_one_line_and_exit_code_2_and_a_kill_leaves_the_run_
     assert (kept.info.status, kept.data.tags["resumed"]) == ("FINISHED", "2")
 
 
-def test_bad_parameters_are_named_before_anything_is_written(project: Path, run) -> None:  # noqa: ANN001
+def test_bad_parameters_are_named_before_anything_is_written(project: Path, run) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["moe"]["top_k"] = 13
     params["moe"]["topk"] = 1
@@ -83,7 +83,7 @@ def test_bad_parameters_are_named_before_anything_is_written(project: Path, run)
     assert not (project / ".resume").exists()
 
 
-def test_no_server_is_named_before_the_work(project: Path, run) -> None:  # noqa: ANN001
+def test_no_server_is_named_before_the_work(project: Path, run) -> None:
     done = run("well", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 2
     assert "no MLflow server answers there" in done.stderr

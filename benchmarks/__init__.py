@@ -1,0 +1,1 @@
+"""What is timed, against what; results lie in benchmarks/results/."""

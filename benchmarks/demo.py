@@ -1,0 +1,113 @@
+"""Wall time, memory and overhead of the demo and of a run in which nothing changes.
+
+    python -m benchmarks.demo            both, on this checkout; writes benchmarks/results/demo.json
+    python -m benchmarks.demo --no-op    only the run in which nothing changes
+
+- Memory: proportional set size (shared pages counted once) summed over the run's process tree, sampled twice a second.
+- A training stage's overhead: the life of its process less its workers' steps and validations, both as it logs them. Of
+  the other stages the life of the process is given. `dvc repro -s` itself adds one to two seconds to each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tasks.tracking import connect, experiment_id
+
+RESULTS = Path("benchmarks/results/demo.json")
+SAMPLE_SECONDS = 0.5
+
+
+def timed(command: list[str]) -> dict[str, float]:
+    """Runs a command to its end: wall seconds and the peak memory of its process tree, GB.
+
+    Raises CalledProcessError if it fails.
+    """
+    started = time.monotonic()
+    process = subprocess.Popen(command)
+    peak = 0
+    over = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not over.wait(SAMPLE_SECONDS):
+            peak = max(peak, tree_memory(process.pid))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        code = process.wait()
+    finally:
+        over.set()
+        sampler.join()
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+    return {"wall_seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak / 1e9, 2)}
+
+
+def tree_memory(pid: int) -> int:
+    """Bytes that a process and all below it hold; processes that end meanwhile count as nothing."""
+    total = 0
+    try:
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in tree:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def stage_times(root: Path, since: float) -> dict[str, dict[str, float]]:
+    """Stage -> seconds of its process, of its training work and the difference, for stages run since then (epoch)."""
+    client = connect(root)
+    times: dict[str, dict[str, float]] = {}
+    query = f"attributes.start_time > {int(since * 1000)}"
+    for run in reversed(client.search_runs([experiment_id(client, root)], query, max_results=1000)):
+        tags = run.data.tags
+        if "process_seconds" in tags and "cached" not in tags:
+            times[tags["stage"]] = {"process_seconds": float(tags["process_seconds"])}
+            if "work_seconds" in tags:
+                work = float(tags["work_seconds"])
+                overhead = float(tags["process_seconds"]) - work
+                times[tags["stage"]] |= {"work_seconds": work, "overhead_seconds": round(overhead, 1)}
+    return times
+
+
+def main() -> None:
+    """Runs what was asked for and writes the results beside the machine they are from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-op", action="store_true", help="only the run in which nothing changes")
+    given = parser.parse_args()
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found["machine"] = {
+        "cpu_count": os.cpu_count(),
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
+    if not given.no_op:
+        since = time.time()
+        found["demo"] = timed([sys.executable, "-m", "flows.demo"])
+        found["demo"]["stages"] = stage_times(Path.cwd(), since)
+    found["no_op_flow"] = timed([sys.executable, "-m", "flows.demo"])
+    found["no_op_repro"] = timed([sys.executable, "-m", "dvc", "repro"])
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

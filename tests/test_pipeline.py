@@ -1,0 +1,126 @@
+"""The whole pipeline in a clone: real DVC, Ray workers, MLflow database, a real FLUX pipeline; only few steps and few samples."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from flows.parameters import compose
+from flows.workspace import python_environment
+from moe_core.sampling import load_pipeline
+from tasks.tracking import metrics_frame
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).parents[1]
+
+FEW_STEPS = [
+    "model.training.vae.steps=20",
+    "model.training.vae.warmup_steps=2",
+    "model.training.transformer.steps=10",
+    "model.training.transformer.batch_size=16",
+    "model.training.transformer.warmup_steps=2",
+    "model.training.validate_every=10",
+    "data.embedded.samples=400",
+    "data.shard.samples_per_shard=100",
+    "data.shard.validation_samples=32",
+    "data.shard.calibration_samples=32",
+    *[
+        f"kd.{stage}.optimizer.{key}"
+        for stage in ("shared_expert", "moe", "mob")
+        for key in ("steps=4", "batch_size=8", "warmup_steps=1")
+    ],
+    *[f"kd.{stage}.validate_every=4" for stage in ("shared_expert", "moe", "mob")],
+    "kd.validation_samples=16",
+    "kd.importance_batch_size=16",
+    "eval.prompts=20",
+    "eval.batch_size=10",
+    "eval.latency_rounds=1",
+    "compute.checkpoint_every=4",
+]
+
+MODELS = ("teacher", "shared", "L", "M", "S", "XS")
+LEVELS = ("M", "S", "XS")
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    """Output of a DVC command; a failure shows what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
+        env=python_environment(folder),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which `dvc repro` has run to its end."""
+    folder = tmp_path_factory.mktemp("pipeline") / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    compose(folder, "demo", FEW_STEPS)
+    dvc(folder, "repro")
+    return folder
+
+
+def test_every_stage_stands_and_is_logged(checkout: Path) -> None:
+    assert (checkout / "reports" / "index.html").stat().st_size > 10_000
+    assert {file.stem for file in (checkout / "reports" / "eval").glob("*.json")} == set(MODELS)
+    with Repo(str(checkout)) as repo:
+        stages = {stage.addressing.replace("@", "-") for stage in repo.index.stages}
+    assert stages <= set(metrics_frame(checkout)["stage"]) | {"report"}
+
+
+def test_a_second_repro_does_nothing(checkout: Path) -> None:
+    assert "Running stage" not in dvc(checkout, "repro")
+
+
+def test_checkout_brings_the_outs_back(checkout: Path) -> None:
+    outs = [checkout / "data" / name for name in ("teacher", "checkpoints", "shards", "images")]
+    for out in outs:
+        shutil.rmtree(out)
+    dvc(checkout, "checkout")
+    assert all(any(out.iterdir()) for out in outs)
+    assert "Running stage" not in dvc(checkout, "repro")
+
+
+def test_a_mob_parameter_reruns_mob_evaluation_and_report_only(checkout: Path) -> None:
+    file = checkout / "params.yaml"
+    before = file.read_text()
+    values = yaml.safe_load(before)
+    values["mob"]["alpha"] = 0.25
+    file.write_text(yaml.safe_dump(values))
+    try:
+        with Repo(str(checkout)) as repo:
+            graph = repo.index.graph
+            changed = {stage for stage in repo.index.stages if stage.changed()}
+            # An edge leads from a stage to what it depends on.
+            while more := {stage for stage in graph for one in graph.successors(stage) if one in changed} - changed:
+                changed |= more
+            names = {stage.addressing for stage in changed}
+    finally:
+        file.write_text(before)
+    assert names == {*(f"{kind}@{level}" for kind in ("mob_kd", "evaluate") for level in LEVELS), "latency", "report"}
+
+
+def test_metrics_and_plots_show_something(checkout: Path) -> None:
+    shown = dvc(checkout, "metrics", "show")
+    assert all(f"reports/eval/{model}.json" in shown.replace("\\", "/") for model in MODELS)
+    page = dvc(checkout, "plots", "show").strip().removeprefix("file://")
+    assert "vega" in Path(page).read_text().lower()
+
+
+@pytest.mark.parametrize("level", ["moe", "mob/XS"])
+def test_the_result_runs_in_a_flux_pipeline(checkout: Path, level: str) -> None:
+    pipe = load_pipeline(checkout / "data" / "teacher", checkout / "data" / "checkpoints" / level)
+    image = pipe("a red seven", height=16, width=16, num_inference_steps=2, max_sequence_length=8).images[0]
+    assert image.size == (16, 16)
