@@ -114,7 +114,7 @@ def test_a_mob_parameter_reruns_mob_evaluation_and_report_only(checkout: Path) -
 
 def test_metrics_and_plots_show_something(checkout: Path) -> None:
     shown = dvc(checkout, "metrics", "show")
-    assert all(f"reports/eval/{model}.json" in shown.replace("\\", "/") for model in MODELS)
+    assert all(f"reports/stages/evaluate-{model}.json" in shown for model in MODELS)
     page = dvc(checkout, "plots", "show").strip().removeprefix("file://")
     assert "vega" in Path(page).read_text().lower()
 
