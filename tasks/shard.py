@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -67,8 +68,9 @@ def shard(stage: Stage) -> None:
 def _encode(stage: Stage, tars: list[Path], parts: Path) -> list[dict[str, Any]]:
     """The first pass; returns the chunks in order, each with its samples' records and its rejects."""
     config, compute = stage.params.data.shard, stage.params.compute
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    # It tells of every plan that it runs; the stage has its own progress.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     read = partial(
         _read_tar,
         size=config.batch_size,

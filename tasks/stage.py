@@ -6,9 +6,11 @@ A stage's function gets a `Stage`; its module is run by DVC as `python -m tasks.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,6 +55,8 @@ class Stage:
         # Ray is not imported by stages that do without it.
         from tasks import cluster
 
+        # Ray Train and Ray Data bring torch: it loads while Ray's processes start.
+        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
         with cluster.connect(self.name.replace("@", "-"), self.params.compute):
             self.run.tag({"device": _device(self.params.compute.use_gpu)})
             yield
@@ -75,10 +79,23 @@ def execute(
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _execute(name, body, sections, resumable)
-    except Dense2MoEError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if (ours := _ours(error)) is None:
+            raise
+        print(f"{name}: {ours}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)
+
+
+def _ours(error: BaseException | None) -> Dense2MoEError | None:
+    """The error of this project that `error` is or was caused by: Ray wraps those of its workers, once or more."""
+    while error is not None:
+        cause = getattr(error, "cause", None) or error.__cause__
+        # Ray gives its wrapper the class of what it wraps, and the worker's traceback for a message.
+        if isinstance(error, Dense2MoEError) and not hasattr(error, "cause"):
+            return error
+        error = cause
+    return None
 
 
 def _execute(
