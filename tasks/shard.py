@@ -92,17 +92,23 @@ def _encode(stage: Stage, tars: list[Path], parts: Path) -> list[dict[str, Any]]
     )
     chunks = []
     for row in found.iter_rows():
+        if row["error"]:
+            raise DataError(row["error"])
         chunks.append({**row, "keys": json.loads(row["keys"]), "rejects": json.loads(row["rejects"])})
         stage.progress.update("encode", len(chunks), len(chunks))
     return sorted(chunks, key=lambda chunk: (chunk["number"], chunk["chunk"]))
 
 
 def _read_tar(row: dict[str, Any], size: int, max_caption_chars: int, resolution: int) -> Iterator[dict[str, Any]]:
-    """In a task: the samples of a tar in chunks of `size`, decoded; rejects go with the chunk in which they were met."""
+    """In a task: the samples of a tar in chunks of `size`, decoded; rejects go with the chunk in which they were met.
+
+    An error of ours goes with the last chunk: raised here, Ray would tell of it in a hundred lines.
+    """
     chunk = 0
     pictures: list[np.ndarray] = []
     records: list[dict[str, Any]] = []
     rejects: list[dict[str, str]] = []
+    error = ""
 
     def cut() -> dict[str, Any]:
         nonlocal chunk
@@ -113,25 +119,26 @@ def _read_tar(row: dict[str, Any], size: int, max_caption_chars: int, resolution
             "resolution": resolution,
             "records": json.dumps(records),
             "rejects": json.dumps(rejects),
+            "error": error,
         }
         chunk += 1
         for filled in (pictures, records, rejects):
             filled.clear()
         return made
 
-    for sample in webdataset.read_samples(Path(row["tar"]), max_caption_chars, check_images=False):
-        if isinstance(sample, webdataset.Reject):
-            rejects.append({"key": sample.key, "reason": sample.reason, "detail": sample.detail})
-            continue
-        found = webdataset.decode_or_reject(sample, resolution)
-        if isinstance(found, webdataset.Reject):
-            rejects.append({"key": found.key, "reason": found.reason, "detail": found.detail})
-            continue
-        pictures.append(found)
-        records.append({"key": sample.key, "caption": sample.caption, "meta": sample.meta})
-        if len(pictures) == size:
-            yield cut()
-    if pictures or rejects:
+    try:
+        for sample in webdataset.read_samples(Path(row["tar"]), max_caption_chars, check_images=False):
+            found = webdataset.decode_or_reject(sample, resolution) if isinstance(sample, webdataset.Sample) else sample
+            if isinstance(found, webdataset.Reject):
+                rejects.append({"key": found.key, "reason": found.reason, "detail": found.detail})
+            elif isinstance(sample, webdataset.Sample):
+                pictures.append(found)
+                records.append({"key": sample.key, "caption": sample.caption, "meta": sample.meta})
+            if len(pictures) == size:
+                yield cut()
+    except DataError as told:
+        error = str(told)
+    if pictures or rejects or error:
         yield cut()
 
 
@@ -161,7 +168,9 @@ class _Encoder:
             save_file({"latents": encoded.contiguous()}, self.parts / f"{name}.safetensors")
             (self.parts / f"{name}.json").write_text(row["records"])
         keys = json.dumps([record["key"] for record in records])
-        return {"number": row["number"], "chunk": row["chunk"], "part": name, "keys": keys, "rejects": row["rejects"]}
+        return {"number": row["number"], "chunk": row["chunk"], "part": name, "keys": keys} | {
+            key: row[key] for key in ("rejects", "error")
+        }
 
 
 def _check(kept: int, rejects: list[webdataset.Reject], config: ShardConfig) -> None:

@@ -111,7 +111,9 @@ def test_every_parameter_that_a_stage_reads_is_listed(stages: dict[str, Any]) ->
                 section = used.split(".")[0]
                 if section == "compute" or module.startswith("tasks/report"):
                     continue
-                listed = section in keys or any(k == used or k.startswith(used + ".") or used.startswith(k + ".") for k in keys)
+                listed = section in keys or any(
+                    k == used or k.startswith(used + ".") or used.startswith(k + ".") for k in keys
+                )
                 assert listed, f"{address}: {module} reads {used}"
 
 

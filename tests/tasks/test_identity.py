@@ -74,7 +74,9 @@ def test_a_folder_of_other_parameters_is_refused_with_the_difference(tmp_path: P
         pass
     other = Identity("stage", {"code.py": "1"}, {"seed": 1})
     folder.path.rename(tmp_path / f"stage-{other.fingerprint}")
-    with pytest.raises(CheckpointError, match="belongs to other parameters: parameter seed is 1 here and 0 there; remove"):
+    with pytest.raises(
+        CheckpointError, match="belongs to other parameters: parameter seed is 1 here and 0 there; remove"
+    ):
         with ResumeFolder(tmp_path, other):
             pass
     (tmp_path / f"stage-{other.fingerprint}" / "identity.json").write_text("{")

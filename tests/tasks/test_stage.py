@@ -36,7 +36,9 @@ execute("first", body, lambda p: {"moe": p.moe.model_dump()}, resumable=True)
 def run(project: Path):
     def go(how: str, **environment: str) -> subprocess.CompletedProcess[str]:
         told = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-        return subprocess.run([sys.executable, "-c", SCRIPT, how], cwd=project, env=told, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, how], cwd=project, env=told, capture_output=True, text=True
+        )
 
     return go
 
@@ -56,7 +58,9 @@ def test_a_stage_ends_with_its_report_its_run_and_its_progress(project: Path, ru
     assert [p.name for p in (project / ".resume").iterdir() if p.is_dir()] == []
 
 
-def test_an_error_of_ours_is_one_line_and_exit_code_2_and_a_kill_leaves_the_run_to_be_taken_up(project: Path, run) -> None:
+def test_an_error_of_ours_is_one_line_and_exit_code_2_and_a_kill_leaves_the_run_to_be_taken_up(
+    project: Path, run
+) -> None:
     done = run("error")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "first: data/set is empty; it must have a sample"

@@ -14,7 +14,9 @@ from tasks.curves import Point
 from tasks.fingerprint import identify
 from tasks.tracking import PARENT, StageRun, log_cached, metrics_frame
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def test_a_stage_is_one_run_with_all_that_belongs_to_it(tracked: Path) -> None:
     run.params({"moe": {"top_k": 2, "dense_double_blocks": [0]}, "seed": 0})
     run.tag({"git.commit": "abc"})
     run.inputs()
-    run.points([Point("train", 5, {"loss": 1.5}), Point("train", 10, {"loss": 1.0}), Point("validation", 10, {"loss": 2.0})])
+    run.points(
+        [Point("train", 5, {"loss": 1.5}), Point("train", 10, {"loss": 1.0}), Point("validation", 10, {"loss": 2.0})]
+    )
     run.points([Point("train", 3, {"loss": 9.0})], "vae/")
     run.image("a.png", Image.new("RGB", (4, 4)))
     run.model("model", tracked / "data" / "set", {"loss": 1.0})

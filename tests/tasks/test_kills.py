@@ -1,0 +1,236 @@
+"""Kills, for real: the driver, a worker, the whole group, in the middle of a checkpoint; the next run ends bit for bit the same.
+
+What is trained is the real pipeline of few steps; it is run once without a kill, stage by stage, by DVC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks import training
+from tasks.params import compose
+from tasks.phase import METRICS, PRODUCT, Phase
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = [
+    "model.training.vae.steps=12",
+    "model.training.vae.warmup_steps=2",
+    "model.training.transformer.steps=12",
+    "model.training.transformer.batch_size=16",
+    "model.training.transformer.warmup_steps=2",
+    "model.training.validate_every=6",
+    "data.embedded.samples=400",
+    "data.shard.samples_per_shard=100",
+    "data.shard.validation_samples=32",
+    "data.shard.calibration_samples=32",
+    "kd.validation_samples=16",
+    "kd.importance_batch_size=8",
+    "compute.checkpoint_every=3",
+    "compute.log_every=1",
+    "compute.cpus_per_worker=1",
+]
+for _stage in ("shared_expert", "moe", "mob"):
+    FEW += [f"kd.{_stage}.optimizer.{value}" for value in ("steps=12", "batch_size=8", "warmup_steps=1")]
+    FEW += [f"kd.{_stage}.validate_every=6"]
+
+CHECKPOINT_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from moe_core.config import OptimizerConfig
+from tasks import outs, training
+from tasks.phase import Phase
+calls, flush = 0, outs.flush_tree
+def kill_in_the_second(folder):
+    global calls
+    calls += 1
+    if calls == 2:
+        (folder / "state.safetensors").write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(folder)
+outs.flush_tree = kill_in_the_second
+config = OptimizerConfig(steps=20, batch_size=8, learning_rate=0.1, warmup_steps=2)
+phase = Phase("train", "tests.tasks.trivial:build", {}, config, 10, 2, 5)
+training.run([phase], Path(sys.argv[1]), torch.device("cpu"), 1, 0)
+"""
+
+
+def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path: Path, phase: Callable[..., Phase]) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    cut.mkdir()
+    whole.mkdir()
+    done = subprocess.run([sys.executable, "-c", CHECKPOINT_SCRIPT, str(cut)], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name.partition(".partial")[0] for p in sorted((cut / "train").glob("*step-*"))] == [
+        ".step-00000010",
+        "step-00000005",
+    ]
+    for folder in (cut, whole):
+        training.run([phase()], folder, torch.device("cpu"), 1, 0)
+    one, two = (load_file(folder / "train" / PRODUCT / "model.safetensors") for folder in (cut, whole))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the project in which every training stage has run to its end, never killed."""
+    folder = tmp_path_factory.mktemp("kills") / "project"
+    folder.mkdir()
+    for name in ("tasks", "moe_core"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(compose(ROOT, FEW))
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "repro", "mob_kd@M"]):
+        done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH")}
+    bin_folder = str(Path(sys.executable).parent)
+    return kept | {"PATH": f"{bin_folder}:{kept['PATH']}", "DENSE2MOE_TEST_MARK": str(folder)}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def marked(folder: Path) -> list[tuple[int, str]]:
+    """(pid, command) of every process that descends from a stage of this test, by the environment it inherited."""
+    mark = f"DENSE2MOE_TEST_MARK={folder}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if command:
+                    found.append((int(entry.name), command))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended meanwhile
+    return found
+
+
+def start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    with (folder / "stage.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            env=environment(folder),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def wait_for(folder: Path, process: subprocess.Popen[bytes], done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 240
+    while not done():
+        told = (folder / "stage.log").read_text()[-3000:]
+        assert process.poll() is None, f"the stage ended before {what}: {told}"
+        assert time.monotonic() < deadline, f"no {what} in 240 s: {told}"
+        time.sleep(0.02)
+
+
+def step_of(folder: Path, stage: str, phase: str) -> int:
+    for file in (folder / ".resume").glob(f"{stage}-*/{phase}/{METRICS}"):
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        return max((json.loads(line)["step"] for line in lines), default=-1)
+    return -1
+
+
+def end_of_all(folder: Path) -> None:
+    """Waits until nothing is left of a killed stage: a private Ray must follow its driver, its workers at once.
+
+    The two agents of a node look for their parent only now and then.
+    """
+    started = time.monotonic()
+    while left := marked(folder):
+        workers = [command for _, command in left if "Agent" not in command]
+        passed = time.monotonic() - started
+        assert passed < 30 or not workers, f"still alive 30 s after the kill: {workers}"
+        assert passed < 180, f"still alive 180 s after the kill: {left}"
+        time.sleep(0.2)
+
+
+STAGES = {
+    "teacher": (["tasks.teacher"], "data/teacher", [("vae", 4, "driver"), ("transformer", 7, "group")]),
+    "shared_expert_kd": (["tasks.shared_expert_kd"], "data/checkpoints/shared_expert", [("train", 5, "group")]),
+    "moe_kd": (["tasks.moe_kd"], "data/checkpoints/moe", [("train", 4, "worker"), ("train", 10, "driver")]),
+    "mob_kd@M": (["tasks.mob_kd", "M"], "data/checkpoints/mob/M", [("train", 1, "driver"), ("train", 8, "group")]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_stage_killed_again_and_again_ends_bit_for_bit_the_same(finished: Path, stage: str) -> None:
+    command, out, kills = STAGES[stage]
+    name = stage.replace("@", "-")
+    curve = finished / "reports" / "curves" / f"{name}.csv"
+    expected, expected_curve = hashes(finished / out), curve.read_text()
+    shutil.rmtree(finished / out)
+    curve.unlink()
+    for phase, step, whom in kills:
+        process = start(finished, command)
+        wait_for(finished, process, lambda p=phase, s=step: step_of(finished, stage, p) >= s, f"step {step} of {phase}")
+        if whom == "worker":
+            # Ray Train starts it again: the stage itself goes on.
+            [worker] = [pid for pid, told in marked(finished) if "RayTrainWorker" in told]
+            os.kill(worker, signal.SIGKILL)
+            wait_for(finished, process, lambda w=worker: not Path(f"/proc/{w}").exists(), "end of the worker")
+            continue_at = step_of(finished, stage, phase)
+            assert continue_at < 12
+        if whom == "group":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+        end_of_all(finished)
+        assert not (finished / out).exists()
+    process = start(finished, command)
+    assert process.wait(300) == 0, (finished / "stage.log").read_text()[-3000:]
+    assert hashes(finished / out) == expected
+    assert curve.read_text() == expected_curve
+    assert not list((finished / ".resume").glob(f"{stage}-*/"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_importance_goes_on_with_the_units_that_are_left(finished: Path) -> None:
+    expected = hashes(finished / "data" / "importance")
+    shutil.rmtree(finished / "data" / "importance")
+    process = start(finished, ["tasks.importance"])
+    units = finished / ".resume"
+    wait_for(finished, process, lambda: len(list(units.glob("importance-*/units/0*"))) >= 2, "two units")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    end_of_all(finished)
+    [kept] = units.glob("importance-*/units/000000")
+    before = (kept / "sums.safetensors").stat().st_mtime_ns
+    process = start(finished, ["tasks.importance"])
+    wait_for(finished, process, lambda: len(list(units.glob("importance-*/units/0*"))) >= 3, "a third unit")
+    assert (kept / "sums.safetensors").stat().st_mtime_ns == before
+    assert process.wait(300) == 0
+    assert hashes(finished / "data" / "importance") == expected

@@ -1,0 +1,174 @@
+"""Sharding on a real Ray: what comes out does not depend on workers; what is broken is counted, or ends the stage."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from PIL import Image
+
+from moe_core.config import Params, parse
+from moe_core.data import embedded
+from moe_core.data.latents import LatentDataset
+from moe_core.data.webdataset import Reject
+from moe_core.errors import DataError
+from tasks import shard, source, tracking
+from tasks.fingerprint import Identity
+from tasks.places import SHARDS, SOURCE, TEACHER
+from tasks.progress import Progress
+from tasks.source_files import LISTING
+from tasks.stage import Stage, _ours
+from tasks.tracking import StageRun
+from tests.moe_core.tiny_pipeline import tiny_pipeline
+from tests.tasks.imports import ROOT
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("ray_session"),
+]
+SAMPLES = 150
+
+
+class OnSession(Stage):
+    """A stage that finds Ray up: the session's."""
+
+    def ray(self) -> contextlib.nullcontext[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("db") / "mlflow.db"
+    tracking.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def stage(project: Path, migrated: Path) -> Callable[..., Stage]:
+    """Makes the stage in a project with a tiny teacher; `workers` and sections may be set."""
+    (project / "mlflow.db").write_bytes(migrated.read_bytes())
+    if not (project / TEACHER).exists():
+        tiny_pipeline().save_pretrained(project / TEACHER)
+
+    def make(workers: int = 1, **limits: float) -> Stage:
+        values = yaml.safe_load((project / "params.yaml").read_text())
+        values["compute"].update(num_workers=workers)
+        values["data"]["embedded"].update(samples=SAMPLES)
+        values["data"]["shard"].update(
+            samples_per_shard=40, validation_samples=20, calibration_samples=10, batch_size=16
+        )
+        values["data"]["shard"].update(limits)
+        identity = Identity("shard", {str(SOURCE): "0" * 32 + ".dir"}, {})
+        run = StageRun(project, identity)
+        return OnSession("shard", project, parse(Params, values), identity, run, Progress("shard"))
+
+    return make
+
+
+@pytest.fixture
+def tars(project: Path, stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The source, in three tars."""
+    monkeypatch.setattr(embedded, "SAMPLES_PER_TAR", 60)
+    source.source(stage())
+    return project / SOURCE
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def add(tar: Path, **members: bytes) -> None:
+    with tarfile.open(tar, "a") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name.replace("__", "."))
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 16), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.slow
+def test_one_and_two_workers_write_the_same_bytes(tars: Path, stage: Callable[..., Stage]) -> None:
+    assert len(list(tars.glob("*.tar"))) == 3
+    shard.shard(stage(1))
+    folder = stage().root / SHARDS
+    one = hashes(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {name: split["samples"] for name, split in manifest["splits"].items()} == {
+        "train": 120,
+        "val": 20,
+        "calibration": 10,
+    }
+    assert [s["rows"] for s in manifest["splits"]["train"]["shards"]] == [40, 40, 40]
+    assert manifest["rejects"] == {}
+    train = LatentDataset(folder, "train", verify=True)
+    assert train.keys == sorted(train.keys)
+    shard.shard(stage(2))
+    assert hashes(folder) == one
+    assert not list(folder.parent.glob(".shards*"))
+
+
+def test_what_is_broken_is_counted_by_reason_and_the_rest_is_kept(tars: Path, stage: Callable[..., Stage]) -> None:
+    first = sorted(tars.glob("*.tar"))[0]
+    add(first, bad__png=b"no image", bad__txt=b"a red one", dumb__png=png(), wide__png=png(), wide__txt=b"a red box")
+    shard.shard(stage(max_reject_share=0.05))
+    manifest = json.loads((stage().root / SHARDS / "manifest.json").read_text())
+    assert {reason: entry["count"] for reason, entry in manifest["rejects"].items()} == {
+        "broken_image": 1,
+        "missing_caption": 1,
+    }
+    assert sum(split["samples"] for split in manifest["splits"].values()) == SAMPLES + 1
+
+
+def test_too_much_that_is_broken_is_refused_with_the_reasons() -> None:
+    config = parse(Params, yaml.safe_load((ROOT / "params.yaml").read_text())).data.shard
+    rejects = [Reject(str(i), "broken_image", f"{i}: image of 3 bytes cannot be decoded") for i in range(2)]
+    told = r"2 of 152 samples are broken, a share of 0.0132; .*max_reject_share allows 0.01. broken_image: 2, the first: 0: image"
+    with pytest.raises(DataError, match=told):
+        shard._check(150, rejects, config)
+    with pytest.raises(DataError, match="the dataset is empty: 0 samples kept, 0 rejected"):
+        shard._check(0, [], config)
+    shard._check(250, rejects, config)
+
+
+@pytest.mark.slow
+def test_a_cut_off_tar_is_a_reject_and_a_file_that_is_no_tar_an_error(tars: Path, stage: Callable[..., Stage]) -> None:
+    last = sorted(tars.glob("*.tar"))[-1]
+    last.write_bytes(last.read_bytes()[:20000])
+    with pytest.raises(DataError, match=r"truncated_tar: 1, the first: .*is cut off"):
+        shard.shard(stage(max_reject_share=0.0001))
+    assert not (stage().root / SHARDS).exists()
+    last.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(
+        DataError, match=r"^\S+embedded-000002.tar \(1300 bytes\) cannot be read as a tar: invalid header$"
+    ):
+        shard.shard(stage())
+
+
+def test_a_tar_that_is_gone_is_named(tars: Path, stage: Callable[..., Stage]) -> None:
+    (tars / LISTING).write_text(json.dumps({"tars": [{"path": "gone.tar", "bytes": 1}]}))
+    with pytest.raises(DataError, match=r"gone.tar, which .* names, does not exist"):
+        shard.shard(stage())
+
+
+def test_an_error_of_ours_is_found_in_what_ray_wraps_around_it() -> None:
+    @ray.remote
+    def broken() -> None:
+        raise DataError("data/shards has 3 bytes")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(broken.remote())
+    assert str(_ours(caught.value)) == "data/shards has 3 bytes"
+    assert _ours(ValueError("another")) is None
