@@ -19,7 +19,8 @@ CEILING_SCENES = 1000
 
 def evaluator(stage: Stage) -> None:
     """Writes data/evaluator/ and reports the classifier's own accuracy."""
-    torch.set_num_threads(stage.params.compute.cpus_per_worker)
+    # One: so small a network gains nothing by more, and loses much where another stage runs beside it.
+    torch.set_num_threads(1)
     config = stage.params.data.embedded
     if config is None:
         raise ConfigError("data.embedded is null; the evaluator's classifier knows the embedded digits only")

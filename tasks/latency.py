@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import FluxPipeline
 
 from moe_core import sampling
@@ -24,6 +26,9 @@ def latency(stage: Stage) -> None:
     """Writes reports/latency.json."""
     params, config = stage.params, stage.params.eval
     torch.set_num_threads(params.compute.cpus_per_worker)
+    # Bars of loading, one for each of six pipelines, say nothing here.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if params.compute.use_gpu else "cpu")
     stage.run.tag({"device": describe(device)})
     pipelines = {

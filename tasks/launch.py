@@ -26,7 +26,11 @@ def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: Comput
     Raises what a worker raised of this project's errors, or Ray's TrainingFailedError.
     """
     take_failure(folder)
-    config: dict[str, Any] = {"entry": entry, "arguments": arguments | {"threads": compute.cpus_per_worker}, "folder": folder}
+    config: dict[str, Any] = {
+        "entry": entry,
+        "arguments": arguments | {"threads": compute.cpus_per_worker},
+        "folder": folder,
+    }
     if compute.num_workers == 0:
         call(entry)(device=torch.device("cpu"), **config["arguments"])
         return

@@ -49,10 +49,16 @@ class Trivial:
 
     def validate(self) -> dict[str, float]:
         with torch.no_grad():
-            return {"loss": self.module(self.batch(range(8)) if self.kill_at is None and self.nan_at is None else _fixed())["loss"].item()}
+            return {
+                "loss": self.module(self.batch(range(8)) if self.kill_at is None and self.nan_at is None else _fixed())[
+                    "loss"
+                ].item()
+            }
 
     def save(self, folder: Path) -> None:
-        save_file({name: p.detach().contiguous() for name, p in self.module.named_parameters()}, folder / "model.safetensors")
+        save_file(
+            {name: p.detach().contiguous() for name, p in self.module.named_parameters()}, folder / "model.safetensors"
+        )
 
 
 def _fixed() -> tuple[Tensor, Tensor]:
@@ -60,7 +66,11 @@ def _fixed() -> tuple[Tensor, Tensor]:
 
 
 def build(
-    device: torch.device, seconds: float = 0.0, kill_at: int | None = None, mark: str | None = None, nan_at: int | None = None
+    device: torch.device,
+    seconds: float = 0.0,
+    kill_at: int | None = None,
+    mark: str | None = None,
+    nan_at: int | None = None,
 ) -> Trivial:
     return Trivial(seconds, kill_at, mark, nan_at)
 
