@@ -7,17 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import FluxPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from moe_core import sampling
 from moe_core.config import Params
 from tasks import outs
-from tasks.models import transformers
-from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
+from tasks.models from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
 from tasks.source_files import read_prompts
 from tasks.stage import Stage, execute
 
@@ -27,8 +26,8 @@ def latency(stage: Stage) -> None:
     params, config = stage.params, stage.params.eval
     torch.set_num_threads(params.compute.cpus_per_worker)
     # Bars of loading, one for each of six pipelines, say nothing here.
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if params.compute.use_gpu else "cpu")
     stage.run.tag({"device": describe(device)})
     pipelines = {
