@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 from moe_core import sampling
 from moe_core.config import Params
 from tasks import outs
-from tasks.models from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
+from tasks.models import transformers
+from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
 from tasks.source_files import read_prompts
 from tasks.stage import Stage, execute
 
