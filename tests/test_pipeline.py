@@ -16,7 +16,7 @@ from flows.workspace import python_environment
 from moe_core.sampling import load_pipeline
 from tasks.tracking import metrics_frame
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[1]
 

@@ -145,11 +145,11 @@ def start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def wait_for(folder: Path, process: subprocess.Popen[bytes], done: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not done():
         told = (folder / "stage.log").read_text()[-3000:]
         assert process.poll() is None, f"the stage ended before {what}: {told}"
-        assert time.monotonic() < deadline, f"no {what} in 240 s: {told}"
+        assert time.monotonic() < deadline, f"no {what} in 600 s: {told}"
         time.sleep(0.02)
 
 
@@ -183,25 +183,41 @@ STAGES = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_stage_killed_again_and_again_ends_bit_for_bit_the_same(finished: Path, stage: str) -> None:
-    command, out, kills = STAGES[stage]
+    _, out, _ = STAGES[stage]
     name = stage.replace("@", "-")
     curve = finished / "reports" / "curves" / f"{name}.csv"
     expected, expected_curve = hashes(finished / out), curve.read_text()
+    # Later stages read it: whatever becomes of this test, it comes back.
+    kept = finished / "kept"
+    shutil.copytree(finished / out, kept)
     shutil.rmtree(finished / out)
     curve.unlink()
+    try:
+        _kill_and_resume(finished, stage)
+        assert hashes(finished / out) == expected
+        assert curve.read_text() == expected_curve
+        assert not list((finished / ".resume").glob(f"{stage}-*/"))
+    finally:
+        shutil.rmtree(finished / out, ignore_errors=True)
+        kept.rename(finished / out)
+        curve.write_text(expected_curve)
+
+
+def _kill_and_resume(finished: Path, stage: str) -> None:
+    command, out, kills = STAGES[stage]
+    process = start(finished, command)
     for phase, step, whom in kills:
-        process = start(finished, command)
         wait_for(finished, process, lambda p=phase, s=step: step_of(finished, stage, p) >= s, f"step {step} of {phase}")
         if whom == "worker":
-            # Ray Train starts it again: the stage itself goes on.
-            [worker] = [pid for pid, told in marked(finished) if "RayTrainWorker" in told]
+            # Ray Train starts another: the stage itself goes on.
+            [worker] = workers(finished)
             os.kill(worker, signal.SIGKILL)
-            wait_for(finished, process, lambda w=worker: not Path(f"/proc/{w}").exists(), "end of the worker")
-            continue_at = step_of(finished, stage, phase)
-            assert continue_at < 12
+            wait_for(finished, process, lambda w=worker: workers(finished) not in ([], [w]), "another worker")
+            continue
         if whom == "group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
@@ -209,14 +225,16 @@ def test_a_stage_killed_again_and_again_ends_bit_for_bit_the_same(finished: Path
         process.wait()
         end_of_all(finished)
         assert not (finished / out).exists()
-    process = start(finished, command)
-    assert process.wait(300) == 0, (finished / "stage.log").read_text()[-3000:]
-    assert hashes(finished / out) == expected
-    assert curve.read_text() == expected_curve
-    assert not list((finished / ".resume").glob(f"{stage}-*/"))
+        process = start(finished, command)
+    assert process.wait(600) == 0, (finished / "stage.log").read_text()[-3000:]
+
+
+def workers(folder: Path) -> list[int]:
+    return [pid for pid, told in marked(folder) if "RayTrainWorker" in told]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_importance_goes_on_with_the_units_that_are_left(finished: Path) -> None:
     expected = hashes(finished / "data" / "importance")
