@@ -17,6 +17,9 @@ from moe_core.errors import ConfigError
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """GenEval's six task kinds, by the tags of its own files."""
 
+LATENT_PATCH = 2
+"""FLUX packs 2 x 2 latent pixels into a token."""
+
 Kind = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
 
@@ -141,7 +144,9 @@ class EmbeddedDataConfig(Section):
     """Scenes made from scikit-learn's handwritten digits."""
 
     samples: int = Field(gt=0)
-    kinds: tuple[Kind, ...] = Field(min_length=1)
+    kinds: tuple[Kind, ...] = Field(
+        min_length=1, description="drawn with equal chance; one listed twice is trained on twice as often"
+    )
     canvas: int = Field(16, description="side of the picture, pixels; a multiple of 8 * grid")
     grid: int = Field(2, ge=1, le=2, description="cells a side; a cell shows one digit or nothing")
     max_digits: int = Field(4, ge=1, le=4)
@@ -179,6 +184,8 @@ class DataConfig(Section):
             raise ValueError("kind is 'embedded'; then embedded must be given")
         if self.kind == "webdataset" and not self.path:
             raise ValueError("kind is 'webdataset'; then path must be given")
+        if self.kind == "webdataset" and self.embedded is not None:
+            raise ValueError("kind is 'webdataset'; then embedded must be null (the preset data=webdataset has it so)")
         return self
 
 

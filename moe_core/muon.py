@@ -28,8 +28,8 @@ _EPS = 1e-8
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trained parameters as (matrices for Muon, the rest for AdamW).
 
-    Muon's are the weights of linear layers between others; embeddings and the first and last layers, whose sides are no
-    features, are not.
+    Muon's are the weights of linear layers between others, and stacks of matrices [N, R, C], as experts are; embeddings
+    and the first and last layers, whose sides are no features, are not.
     """
     ends = ("x_embedder", "context_embedder", "proj_out")
     matrices: list[nn.Parameter] = []
@@ -38,6 +38,7 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
         outermost = "blocks" not in name and name.rpartition(".")[2] in ends
         if isinstance(part, nn.Linear) and part.weight.requires_grad and not outermost:
             matrices.append(weights[f"{name}.weight" if name else "weight"])
+    matrices += [weight for weight in module.parameters() if weight.requires_grad and weight.ndim == 3]
     taken = {id(weight) for weight in matrices}
     rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in taken]
     return matrices, rest
@@ -54,10 +55,12 @@ class Muon(Optimizer):
         betas: tuple[float, float],
         weight_decay: float = 0.0,
     ) -> None:
-        """Raises ValueError for a matrix that is none."""
+        """`matrices`: [R, C] or stacks [N, R, C]. Raises ValueError for one that is neither."""
         for weight in matrices:
-            if weight.ndim != 2:
-                raise ValueError(f"a weight for Muon has shape {list(weight.shape)}; it must be a matrix")
+            if weight.ndim not in (2, 3):
+                raise ValueError(
+                    f"a weight for Muon has shape {list(weight.shape)}; it must be a matrix or a stack of them"
+                )
         groups = [{"params": matrices, "orthogonal": True}, {"params": rest, "orthogonal": False}]
         super().__init__(
             [group for group in groups if group["params"]], {"lr": lr, "betas": betas, "weight_decay": weight_decay}
@@ -90,8 +93,10 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
                 updates.append(grad.lerp(momentum, MOMENTUM))  # Nesterov's
-            size = group["lr"] * _ADAM_SIZE * max(shape) ** 0.5
-            for weight, update in zip(alike, orthogonalize(torch.stack(updates)), strict=True):
+            size = group["lr"] * _ADAM_SIZE * max(shape[-2:]) ** 0.5
+            together = torch.stack(updates)
+            made = orthogonalize(together.view(-1, *shape[-2:])).view(together.shape)
+            for weight, update in zip(alike, made, strict=True):
                 weight.add_(update.to(weight.dtype), alpha=-size)
 
     def _adam(self, weights: list[Tensor], group: dict[str, Any]) -> None:

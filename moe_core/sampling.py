@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_core import noise
-from moe_core.config import TimestepConfig
+from moe_core.config import LATENT_PATCH, TimestepConfig
 from moe_core.distill import KDBatch
 from moe_core.errors import CheckpointError
-from moe_core.small_flux import LATENT_PATCH
 from moe_core.transformer import FluxMoETransformer2DModel
 
 CACHE_BYTES = 512 * 2**20

@@ -19,11 +19,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from moe_core.config import ModelConfig, TextConfig, TransformerConfig, VAEConfig
+from moe_core.config import LATENT_PATCH, ModelConfig, TextConfig, TransformerConfig, VAEConfig
 from moe_core.errors import ConfigError
 
-LATENT_PATCH = 2
-"""FLUX packs 2 x 2 latent pixels into a token."""
 ALPHABET = string.ascii_lowercase
 """Letters that words unknown to the tokenizers fall apart into."""
 WORD_END = "</w>"

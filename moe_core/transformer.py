@@ -230,6 +230,14 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
 
     # -- what the distillation and the user ask of it
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'. Raises ConfigError for ControlNet residuals where there are groups: diffusers deals them to blocks by number."""
+        mob = self.config.mob or {}
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if kwargs.get(name) is not None and (mob.get("double_groups") or mob.get("single_groups")):
+                raise ConfigError(f"{name} are given; a model with MoB groups takes no ControlNet")
+        return super().forward(*args, **kwargs)
+
     def set_top_k(self, top_k: int) -> None:
         """Changes how many normal experts a token passes, in every MoE layer; 0: shared experts only. Not saved."""
         for layer in self._moe_layers():

@@ -123,9 +123,13 @@ def make_scene(config: EmbeddedDataConfig, seed: int, index: int) -> Scene:
 
 
 def make_prompts(config: EmbeddedDataConfig, seed: int, count: int) -> list[dict[str, Any]]:
-    """`count` GenEval records, the kinds in turn, so that each has as many prompts as the others (give or take one)."""
+    """`count` GenEval records, the kinds in turn, so that each has as many prompts as the others (give or take one).
+
+    A kind that is listed twice, to be trained on twice as often, is not asked for more often.
+    """
+    kinds = tuple(dict.fromkeys(config.kinds))
     return [
-        _plan(config, np.random.default_rng([seed, i, _PROMPT_STREAM]), config.kinds[i % len(config.kinds)]).record
+        _plan(config, np.random.default_rng([seed, i, _PROMPT_STREAM]), kinds[i % len(kinds)]).record
         for i in range(count)
     ]
 
@@ -228,7 +232,8 @@ def _check_canvas(canvas: int, grid: int) -> None:
 
 
 def _a(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    # By sound: "a one".
+    return f"an {name}" if name == "eight" else f"a {name}"
 
 
 def _record(tag: str, prompt: str, include: list[dict[str, Any]]) -> dict[str, Any]:

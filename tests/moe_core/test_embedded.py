@@ -52,9 +52,18 @@ def test_every_kind_has_its_own_record(kind: str):
     assert ("position" in has) == (kind == "position")
 
 
-def test_prompts_are_dealt_evenly_over_the_kinds():
-    tags = [record["tag"] for record in embedded.make_prompts(_config(), 0, 60)]
+@pytest.mark.parametrize("kinds", [KINDS, (*KINDS, "two_object", "color_attr")])
+def test_prompts_are_dealt_evenly_over_the_kinds(kinds):
+    tags = [record["tag"] for record in embedded.make_prompts(_config(kinds=kinds), 0, 60)]
     assert {tag: tags.count(tag) for tag in KINDS} == dict.fromkeys(KINDS, 10)
+
+
+def test_articles_go_by_sound():
+    prompts = " ".join(record["prompt"] for record in embedded.make_prompts(_config(), 1, 600))
+    assert "a one" in prompts
+    assert "an eight" in prompts
+    assert "an one" not in prompts
+    assert "a eight" not in prompts
 
 
 def test_the_vocabulary_holds_every_word_of_every_prompt():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_core.moe import MoELayer
 from moe_core.muon import MOMENTUM, Muon, orthogonalize, split_parameters
 from tests.moe_core.tiny_pipeline import tiny_pipeline
 
@@ -77,6 +78,23 @@ def test_a_restored_optimizer_goes_on_as_if_never_stopped():
         return torch.cat([weight.detach().flatten(), bias.detach()])
 
     assert torch.equal(run(pause=True), run(pause=False))
+
+
+def test_a_stack_of_experts_is_as_many_matrices():
+    layer = MoELayer(16, 16, 4, 12, 2, out_bias=True)
+    matrices, rest = split_parameters(layer)
+    assert {id(layer.w1_EFD), id(layer.w2_EDF)} <= {id(weight) for weight in matrices}
+    assert {id(layer.b1_EF), id(layer.router.weight)} <= {id(weight) for weight in rest}
+    start = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    stack, single = nn.Parameter(start.clone()), [nn.Parameter(matrix.clone()) for matrix in start]
+    together, apart = Muon([stack], [], 0.1, (0.9, 0.99)), Muon(single, [], 0.1, (0.9, 0.99))
+    for step in range(3):
+        stack.grad = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(step))
+        for weight, grad in zip(single, stack.grad, strict=True):
+            weight.grad = grad.clone()
+        together.step()
+        apart.step()
+    assert torch.allclose(stack, torch.stack(list(single)), atol=1e-6)
 
 
 def test_only_matrices_are_taken():

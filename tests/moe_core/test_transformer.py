@@ -109,6 +109,16 @@ def test_a_sample_does_not_depend_on_its_batch():
         torch.testing.assert_close(predict(student, alone), whole[row : row + 1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["controlnet_block_samples", "controlnet_single_block_samples"])
+def test_controlnet_residuals_are_refused_where_there_are_groups(name: str):
+    inputs = make_inputs()
+    residuals = {name: [torch.zeros_like(predict(make_teacher(), inputs))[..., :1]]}
+    with pytest.raises(ConfigError, match=f"{name} are given"):
+        make_student("moe+mob")(**inputs, **residuals, return_dict=False)
+    # Without groups they are diffusers' business.
+    make_student("moe")(**inputs, **residuals, return_dict=False)
+
+
 def test_set_top_k_from_0_to_n():
     student = make_student("moe")
     shared = make_student("shared")

@@ -1,0 +1,65 @@
+"""Bad parameters: one line each, with the key, the value and the rule; and what every preset must hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_core.config import Params, parse
+from moe_core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _values(changes: dict[str, Any]) -> dict[str, Any]:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = values
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe.num_experts": 11}, r"1 \+ 11 \* 0.25 = 3.75; they must be equal"),
+        ({"moe.top_k": 13}, "moe: top_k is 13, but there are 12 experts"),
+        ({"moe.topk": 1}, "unknown parameter moe.topk = 1"),
+        ({"moe.shared_ratio": -1}, "moe.shared_ratio = -1"),
+        ({"moe.dense_double_blocks": [5]}, "moe.dense_double_blocks has 5, but the model's double blocks are 0 to 4"),
+        ({"moe.conditioning_dim": 65}, "moe.conditioning_dim is 65; it must be at most the model's width, 64"),
+        (
+            {"mob.levels.M.double": {"blocks": [[1, 3, 4]]}},
+            r"mob.levels.M.double: group \[1, 3, 4\] must be two or more consecutive block indices",
+        ),
+        ({"mob.levels.M.double": {"blocks": [[1, 2], [2, 3]]}}, r"blocks \[2\] stand in two groups"),
+        ({"mob.levels.M.double": {"blocks": [[4, 5]]}}, r"has \[4, 5\], but the model's double blocks are 0 to 4"),
+        ({"mob.levels.XS.single": {"groups": 5, "size": 3}}, "5 groups of 3 need 15 blocks; the model has 12"),
+        ({"mob.active": 4}, "mob.active is 4, but mob.levels.M.double has groups of 3 blocks"),
+        ({"data.embedded": None}, "kind is 'embedded'; then embedded must be given"),
+        ({"data.kind": "webdataset"}, "kind is 'webdataset'; then path must be given"),
+        ({"data.kind": "webdataset", "data.path": "/x"}, "kind is 'webdataset'; then embedded must be null"),
+        ({"model.source": "folder"}, "source is 'folder'; then path must be given"),
+        ({"kd.moe.train": ["router", "gates"]}, r"kd.moe.train.1 = 'gates': Input should be 'shared'"),
+        ({"seed": "seven"}, "seed = 'seven'"),
+    ],
+)
+def test_bad_parameters_are_named_with_value_and_rule(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"params\.yaml: .*{message}"):
+        parse(Params, _values(changes))
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Params, _values({"moe.topk": 1, "eval.prompts": 0, "seed": -1}))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_the_committed_parameters_are_good() -> None:
+    parse(Params, _values({}))
