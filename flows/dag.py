@@ -38,7 +38,7 @@ class Stage:
 
 def read(root: Path) -> list[Stage]:
     """The stages of the DVC repository at `root`, every one after those it reads from."""
-    with _IN_PROCESS, Repo(str(root)) as repo:
+    with _IN_PROCESS, Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         graph = repo.index.graph
         nodes = {
             # Not `addressing`: that is relative to where this process stands, which is not the worktree.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 import urllib.error
@@ -82,6 +83,10 @@ class Services:
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             **self.ray.environment(),
         }
+
+    def exports(self) -> str:
+        """`environment` as lines for a shell."""
+        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in self.environment().items())
 
     def up(self) -> None:
         """Starts what is not running and waits until all answer; on a failure ends what it has started.
@@ -259,7 +264,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.services", description="Prefect, MLflow, Ray and the deployment."
     )
-    parser.add_argument("action", choices=["up", "down", "status"])
+    parser.add_argument("action", choices=["up", "down", "status", "env"])
     action = parser.parse_args().action
     try:
         checkout = checkout_root()
@@ -272,8 +277,11 @@ def main() -> int:
             print(f"ended: {', '.join(services.down()) or 'nothing was running'}")
         else:
             found = existing(checkout)
-            print(found.describe() if found else "down")
-            return 0 if found else 3
+            if found is None:
+                # Not where a shell would evaluate it.
+                print("down", file=sys.stderr)
+                return 3
+            print(found.describe() if action == "status" else found.exports())
     except Dense2MoEError as error:
         print(error, file=sys.stderr)
         return 2

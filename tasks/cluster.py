@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import ray
 
 from moe_core.config import ComputeConfig
-from moe_core.errors import ConfigError
+from moe_core.errors import ConfigError, Dense2MoEError
 from tasks.project import code_root
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -52,21 +52,30 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
         # A private Ray's processes inherit this environment: no runtime_env, so the workers that Ray starts at once can be used.
         os.environ["PYTHONPATH"] = path
         needed = max(compute.num_workers, 1) * compute.cpus_per_worker
+        _start_private(max(os.cpu_count() or 1, needed), namespace)
+    try:
+        check_size(compute)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_private(cpus: int, namespace: str) -> None:
+    try:
         ray.init(
             address="local",
             namespace=namespace,
-            num_cpus=max(os.cpu_count() or 1, needed),
+            num_cpus=cpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
             _node_ip_address="127.0.0.1",
         )
-    try:
-        check_size(compute)
-        yield
-    finally:
-        ray.shutdown()
+    except Exception as error:  # Ray raises nothing narrower when its node does not come up in its fixed 30 s
+        raise Dense2MoEError(
+            f"Ray did not start: {error} If the machine is busy, run the stage again; logs: /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def _check_answers(address: str) -> None:

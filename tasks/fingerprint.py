@@ -52,14 +52,16 @@ def identify(root: Path, *stages: str) -> list[Identity]:
     Raises ConfigError for an unknown stage, DataError for a dependency that does not exist.
     """
     try:
-        with Repo(str(root)) as repo:
+        with Repo(str(root), _wait_for_lock=True) as repo:
             return [_identify(repo, stage) for stage in stages]
     except DvcException as error:
         raise ConfigError(f"dvc.yaml in {root}: {error}") from error
 
 
 def _identify(repo: Repo, name: str) -> Identity:
-    stage = repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
+    # Under DVC's lock: another stage's `dvc repro`, which ends now, would be seen in the middle of writing dvc.lock.
+    with repo.lock:
+        stage = repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
     if not isinstance(stage, PipelineStage):
         raise ConfigError(f"{name} is no stage of dvc.yaml")
     deps: dict[str, str] = {}

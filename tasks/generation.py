@@ -5,7 +5,8 @@ A unit is a fixed run of prompts, made in one batch with a fixed number of threa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from moe_core.config import ComputeConfig, Params
+from moe_core.config import LATENT_PATCH, ComputeConfig, Params
 
 GENERATION = "generation"
 """What the noise of evaluation is drawn for; the same for every model."""
@@ -91,7 +94,6 @@ class Generator:
         from dataclasses import asdict
 
         from moe_core import accounting
-        from moe_core.small_flux import LATENT_PATCH
 
         counts = accounting.count(self.pipeline.transformer)
         side = self.params.model.resolution // (self.pipeline.vae_scale_factor * LATENT_PATCH)
@@ -119,16 +121,29 @@ def make(
     if compute.num_workers == 0:
         generator = Generator(*arguments)
         return Made([generator.pictures(unit) for unit in units], generator.validation(batch_size), generator.cost())
-    options = {
-        "num_cpus": compute.cpus_per_worker,
-        "num_gpus": int(compute.use_gpu),
-        "max_restarts": compute.max_failures,
-        "max_task_retries": compute.max_failures,
-    }
-    actors = [ray.remote(Generator).options(**options).remote(*arguments) for _ in range(compute.num_workers)]
-    waiting: list[Any] = [actors[i % len(actors)].pictures.remote(unit) for i, unit in enumerate(units)]
-    validation, cost = actors[-1].validation.remote(batch_size), actors[0].cost.remote()
-    for count in range(1, len(units) + 1):
-        ray.wait(waiting, num_returns=count)
-        done(count, len(units))
-    return Made(ray.get(waiting), ray.get(validation), ray.get(cost))
+    with _actors(compute, arguments) as actors:
+        waiting: list[Any] = [actors[i % len(actors)].pictures.remote(unit) for i, unit in enumerate(units)]
+        validation, cost = actors[-1].validation.remote(batch_size), actors[0].cost.remote()
+        for count in range(1, len(units) + 1):
+            ray.wait(waiting, num_returns=count)
+            done(count, len(units))
+        return Made(ray.get(waiting), ray.get(validation), ray.get(cost))
+
+
+@contextmanager
+def _actors(compute: ComputeConfig, arguments: tuple[Path, Params, Path, bool]) -> Iterator[list[Any]]:
+    """All actors or none: two evaluations side by side that each held half the machine would wait for each other for ever."""
+    bundle = {"CPU": float(compute.cpus_per_worker)} | ({"GPU": 1.0} if compute.use_gpu else {})
+    group = placement_group([bundle] * compute.num_workers, strategy="PACK")
+    try:
+        options = {
+            "num_cpus": compute.cpus_per_worker,
+            "num_gpus": int(compute.use_gpu),
+            "max_restarts": compute.max_failures,
+            "max_task_retries": compute.max_failures,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
+        }
+        yield [ray.remote(Generator).options(**options).remote(*arguments) for _ in range(compute.num_workers)]
+    finally:
+        # Ends the actors too.
+        remove_placement_group(group)

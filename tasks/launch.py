@@ -10,6 +10,7 @@ from typing import Any
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from moe_core.config import ComputeConfig
@@ -37,7 +38,7 @@ def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: Comput
     resources = {"CPU": float(compute.cpus_per_worker)} | ({"GPU": 1.0} if compute.use_gpu else {})
     # Ray Train keeps notes of a run for resuming; ours do that, so each of Ray's runs has a name that never comes again.
     storage = folder / "ray"
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -58,6 +59,18 @@ def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: Comput
         raise
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Without the watcher that frees the workers' placement group when Ray Train's controller dies.
+
+    It asks Ray's dashboard, which a private Ray and a run's own do not have, and then holds up the end of every training by
+    its timeout of 12 s. Here a dead controller ends the stage, and with the stage's job go its placement groups.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ out = pathlib.Path(out)
 text = "\\n".join([name, str(params["moe"]["top_k"]), *(pathlib.Path(dep).read_text() for dep in deps)])
 if out.suffix == ".json":
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"accuracy": 0.9, "top_k": params["moe"]["top_k"]}))
+    out.write_text(json.dumps({"metrics": {"accuracy": 0.9, "top_k": params["moe"]["top_k"]}}))
 elif out.suffix == ".md":
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(f"# Report\\n\\n{len(text)} characters\\n")
@@ -100,16 +100,16 @@ stages:
   evaluate:
     foreach: {L: moe, M: mob}
     do:
-      cmd: python stage.py evaluate@${key} reports/eval/${key}.json data/teacher/file.txt
+      cmd: python stage.py evaluate@${key} reports/stages/evaluate-${key}.json data/teacher/file.txt
       deps: [stage.py, data/teacher]
       params: [seed]
       # Metrics, as in the project: DVC keeps no run cache for a stage with other outs of `cache: false`.
       metrics:
-        - reports/eval/${key}.json: {cache: false}
+        - reports/stages/evaluate-${key}.json: {cache: false}
   report:
-    cmd: python stage.py report reports/report.md reports/eval/L.json reports/eval/M.json
+    cmd: python stage.py report reports/report.md reports/stages/evaluate-L.json reports/stages/evaluate-M.json
     params: [eval.latency_rounds]
-    deps: [stage.py, reports/eval/L.json, reports/eval/M.json]
+    deps: [stage.py, reports/stages/evaluate-L.json, reports/stages/evaluate-M.json]
     outs:
       - reports/report.md: {cache: false}
 """

@@ -15,15 +15,13 @@ from tests.flows.repository import PROJECT, dvc, leftovers, make_repository, run
 
 
 def test_the_summary_is_a_table_of_the_models_numbers(tmp_path: Path) -> None:
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "L.json").write_text(
-        json.dumps({"accuracy": 0.98765, "kinds": {"one": 1}, "parameters": 123456})
-    )
-    (tmp_path / "eval" / "XS.json").write_text(json.dumps({"accuracy": 0.9}))
+    (tmp_path / "stages").mkdir()
+    for model, metrics in {"XS": {"accuracy": 0.9}, "L": {"accuracy": 0.98765, "flops": 123456}}.items():
+        (tmp_path / "stages" / f"evaluate-{model}.json").write_text(json.dumps({"metrics": metrics}))
     assert demo.summary(tmp_path).splitlines() == [
-        "model  accuracy  parameters",
-        "L      0.9877    1.235e+05 ",
-        "XS     0.9       nan       ",
+        "model  accuracy  flops    ",
+        "L      0.9877    1.235e+05",
+        "XS     0.9       nan      ",
     ]
 
 

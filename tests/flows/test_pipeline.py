@@ -52,7 +52,7 @@ def test_a_run_is_sealed_applied_and_then_cached(stack: Stack) -> None:
 @pytest.mark.slow
 def test_the_source_of_the_users_own_data_is_looked_at_every_time(stack: Stack) -> None:
     for name in ("own-data", "own-data-again"):
-        looked = stack.trigger(overrides=["data.kind=webdataset", "data.path=/somewhere"], name=name)
+        looked = stack.trigger(overrides=["data=webdataset", "data.path=/somewhere"], name=name)
         assert stack.wait(looked)["type"] == "COMPLETED", stack.logs(looked)
         assert stack.tasks(looked)["source"] == "Completed"
     assert stack.tasks(looked)["report"] == "Cached"

@@ -36,7 +36,9 @@ def test_a_port_in_use_is_one_line_that_names_port_holder_and_variable(tmp_path:
         checkout = tmp_path / "checkout"
         checkout.mkdir()
         subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
-        refused = command(checkout, "up", DENSE2MOE_MLFLOW_PORT=str(port))
+        # The others free: the developer's own stack may be up.
+        free = {variable: str(free_port()) for variable, _ in services.PORTS.values()}
+        refused = command(checkout, "up", **free | {"DENSE2MOE_MLFLOW_PORT": str(port)})
     assert refused.returncode == 2
     assert f"port {port} (mlflow) is in use by process {os.getpid()}" in refused.stderr
     assert "DENSE2MOE_MLFLOW_PORT" in refused.stderr
@@ -70,6 +72,9 @@ def test_up_status_up_again_and_down(tmp_path: Path) -> None:
             assert address in up.stdout
             assert httpx.get(address, timeout=30, follow_redirects=True).status_code == 200
         assert command(checkout, "status").stdout == up.stdout
+        told = command(checkout, "env").stdout
+        assert "export RAY_ADDRESS=127.0.0.1:" in told
+        assert "export MLFLOW_TRACKING_URI=http" in told
         # Once more, without its ports: finds the running one and starts nothing.
         assert command(checkout, "up").stdout == up.stdout
         stack = services.existing(checkout)

@@ -58,6 +58,8 @@ def test_from_the_form_to_the_finished_run(stack: Stack, page: Page, tmp_path: P
     expect(page.get_by_text("Single parameters on top of the preset")).to_be_visible()
     page.get_by_role("button", name="Add item").click()
     fields = page.locator("textarea")
+    # The override's, the name's, the commit's: before the first is there, the others stand in its place.
+    expect(fields.nth(2)).to_be_visible()
     fields.nth(0).fill("moe.top_k")
     fields.nth(1).fill("by-hand")
 

@@ -130,3 +130,23 @@ def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
     holder.communicate()
     with ResumeFolder(tmp_path, IDENTITY) as folder:
         assert json.loads((folder.path / "identity.json").read_text())["params"] == {"seed": 0}
+
+
+HALF_WRITTEN = """
+import sys, time
+from pathlib import Path
+from dvc.repo import Repo
+with Repo(".") as repo, repo.lock:
+    Path("dvc.lock").write_text("schema: '2.0'\\nstages:\\n  first:\\n    cmd")
+    print("half", flush=True)
+    time.sleep(2)
+    Path("dvc.lock").unlink()
+"""
+
+
+def test_a_lock_file_that_another_stage_is_writing_is_waited_for(project: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HALF_WRITTEN], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "half\n"
+        assert identify(project, "first")[0].stage == "first"
+        assert writer.wait() == 0

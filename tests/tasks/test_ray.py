@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -129,6 +130,21 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=f"RAY_ADDRESS is {address}, but no Ray answers there"):
         with cluster.connect("x", compute(1)):
             pass
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_private_ray_listens_on_loopback_only() -> None:
+    sockets = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            name, connections = process.name(), process.net_connections("tcp")
+        except psutil.NoSuchProcess:
+            continue  # a worker of an earlier test, ending now
+        # A training's workers meet in torch's own store, which listens everywhere.
+        if not name.startswith("ray::RayTrain"):
+            sockets += [(name, c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in sockets}
+    assert not [(name, ip) for name, ip in sockets if not ip.endswith("127.0.0.1")]
 
 
 @pytest.mark.usefixtures("ray_session")
