@@ -1,6 +1,6 @@
 """What a run shows on its page: progress bars, the result table, the report, pictures, and what it did not see.
 
-- Everything is read from files that the stages leave; nothing here knows a stage by name.
+- Everything is read from files that the stages leave.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+
+from flows import results
 
 MAX_PICTURE_BYTES = 300_000
 """A picture goes into Prefect's database whole; larger ones stay in the report and in MLflow."""
@@ -79,13 +81,12 @@ def show_uncommitted(changes: list[str]) -> None:
 
 def show_results(reports: Path) -> None:
     """The result table, the report and its pictures, as far as the run made them."""
-    rows = [
-        {"model": file.stem, **_scalars(json.loads(file.read_text()))} for file in sorted(reports.glob("eval/*.json"))
-    ]
-    if rows:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = [{column: row.get(column, "") for column in columns} for row in rows]
-        create_table_artifact(table, key="results", description="Every model's metrics (reports/eval)")
+    if rows := results.models(reports):
+        columns = results.columns(rows)
+        table = [{column: _short(row.get(column, "")) for column in columns} for row in rows]
+        create_table_artifact(
+            table, key="results", description="Every model's metrics (reports/stages/evaluate-*.json)"
+        )
     report = reports / "report.md"
     if report.is_file():
         create_markdown_artifact(report.read_text(), key="report", description="reports/report.md")
@@ -98,17 +99,8 @@ def show_results(reports: Path) -> None:
         )
 
 
-def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float]:
-    """Numbers and short words of nested JSON, by dotted key; lists are left to the report."""
-    flat: dict[str, str | int | float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _scalars(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            flat[prefix + key] = float(f"{value:.5g}")
-        elif isinstance(value, (str, int)):
-            flat[prefix + key] = value
-    return flat
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _key(text: str) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows import processes
+from flows import processes, results
 from flows.ray_head import free_port
 from flows.services import Ports, Services, existing
 from flows.workspace import CODE, RunFailed, checkout_root, git, python_environment
@@ -68,11 +67,11 @@ def apply(checkout: Path, experiment: str) -> None:
 
 
 def summary(reports: Path) -> str:
-    """The models' metrics as a table of plain text, from reports/eval."""
-    rows = [(file.stem, json.loads(file.read_text())) for file in sorted(reports.glob("eval/*.json"))]
-    columns = [key for key, value in rows[0][1].items() if isinstance(value, (int, float))] if rows else []
+    """The models' metrics as a table of plain text."""
+    rows = results.models(reports)
+    columns = [column for column in results.columns(rows) if column != "model"]
     table = [["model", *columns]]
-    table += [[name, *(f"{values.get(column, float('nan')):.4g}" for column in columns)] for name, values in rows]
+    table += [[row["model"], *(f"{row.get(column, float('nan')):.4g}" for column in columns)] for row in rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
 

@@ -34,7 +34,7 @@ SHEET = 8
 
 
 def evaluate(name: str, folder: Path, stage: Stage) -> None:
-    """Writes data/images/<model>/ and reports/eval/<model>.json; `folder` holds the model's transformer."""
+    """Writes data/images/<model>/ and data/evaluations/<model>.json; `folder` holds the model's transformer."""
     params, root = stage.params, stage.root
     dense = name == DENSE
     records = read_prompts(root / PROMPTS)

@@ -14,7 +14,7 @@ MOB = Path("data/checkpoints/mob")
 IMAGES = Path("data/images")
 STAGE_REPORTS = Path("reports/stages")
 CURVES = Path("reports/curves")
-EVALUATIONS = Path("reports/eval")
+EVALUATIONS = Path("data/evaluations")
 LATENCY = Path("reports/latency.json")
 
 DENSE = "teacher"

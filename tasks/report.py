@@ -136,7 +136,7 @@ def _data(params: Params) -> str:
     data = params.data
     if data.embedded is None:
         return f"{data.name}: {data.kind} at {data.path}"
-    kinds = ", ".join(KIND_TITLES[kind].lower() for kind in data.embedded.kinds)
+    kinds = ", ".join(KIND_TITLES[kind].lower() for kind in dict.fromkeys(data.embedded.kinds))
     return f"{data.name}: {data.embedded.samples} scenes of handwritten digits; {kinds}"
 
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_core.config import Params
 from moe_core.errors import DataError
+from tasks.places import EVALUATIONS
 
 SPLITS = ("train", "validation")
 
@@ -39,7 +40,7 @@ class ParameterCounts(Record):
 
 
 class Evaluation(Record):
-    """`reports/eval/<model>.json`."""
+    """`data/evaluations/<model>.json`."""
 
     model: str
     prompts: int
@@ -200,7 +201,7 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
     return Inputs(
         params=params,
         models=models,
-        evaluations={n: _record(Evaluation, reports / "eval" / f"{n}.json", f"evaluate@{n}") for n in models},
+        evaluations={n: _record(Evaluation, root / EVALUATIONS / f"{n}.json", f"evaluate@{n}") for n in models},
         pictures=pictures,
         images=data / "images",
         curves={stage: _curve(reports, stage, frame) for stage in trained_stages(params)},

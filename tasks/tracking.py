@@ -45,6 +45,8 @@ from tasks.fingerprint import Identity, identify
 from tasks.project import main_checkout
 
 EXPERIMENT = "dense2moe"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's pages then begin with training runs, not with traces of language models."""
 PARENT = "DENSE2MOE_PARENT_RUN"
 """Environment variable: id of the flow's run."""
 ANSWER_SECONDS = 5
@@ -82,7 +84,8 @@ def experiment_id(client: MlflowClient, root: Path) -> str:
         return str(found.experiment_id)
     local = tracking_uri(root).startswith("sqlite:")
     try:
-        return str(client.create_experiment(EXPERIMENT, (main_checkout(root) / "mlruns").as_uri() if local else None))
+        location = (main_checkout(root) / "mlruns").as_uri() if local else None
+        return str(client.create_experiment(EXPERIMENT, location, tags=EXPERIMENT_TAGS))
     except MlflowException:
         # Another stage, started at the same moment, has made it.
         if (found := client.get_experiment_by_name(EXPERIMENT)) is None:

@@ -16,7 +16,13 @@ from flows.workspace import python_environment
 from moe_core.sampling import load_pipeline
 from tasks.tracking import metrics_frame
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.timeout(1500),
+    # MLflow's use of SQLAlchemy and others'.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,9 +80,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_stands_and_is_logged(checkout: Path) -> None:
     assert (checkout / "reports" / "index.html").stat().st_size > 10_000
-    assert {file.stem for file in (checkout / "reports" / "eval").glob("*.json")} == set(MODELS)
+    assert {file.stem for file in (checkout / "data" / "evaluations").glob("*.json")} == set(MODELS)
     with Repo(str(checkout)) as repo:
-        stages = {stage.addressing.replace("@", "-") for stage in repo.index.stages}
+        stages = {stage.name.replace("@", "-") for stage in repo.index.stages}
     assert stages <= set(metrics_frame(checkout)["stage"]) | {"report"}
 
 
@@ -100,13 +106,13 @@ def test_a_mob_parameter_reruns_mob_evaluation_and_report_only(checkout: Path) -
     values["mob"]["alpha"] = 0.25
     file.write_text(yaml.safe_dump(values))
     try:
-        with Repo(str(checkout)) as repo:
+        with Repo(str(checkout)) as repo, repo.lock:
             graph = repo.index.graph
             changed = {stage for stage in repo.index.stages if stage.changed()}
             # An edge leads from a stage to what it depends on.
             while more := {stage for stage in graph for one in graph.successors(stage) if one in changed} - changed:
                 changed |= more
-            names = {stage.addressing for stage in changed}
+            names = {stage.name for stage in changed}
     finally:
         file.write_text(before)
     assert names == {*(f"{kind}@{level}" for kind in ("mob_kd", "evaluate") for level in LEVELS), "latency", "report"}

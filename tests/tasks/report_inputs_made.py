@@ -41,7 +41,7 @@ def write_inputs(root: Path) -> None:
     """Writes every input of the report below `root`."""
     rng = np.random.default_rng(0)
     for index, model in enumerate(MODELS):
-        _write(root / "reports" / "eval" / f"{model}.json", evaluation(model, index, rng))
+        _write(root / "data" / "evaluations" / f"{model}.json", evaluation(model, index, rng))
         _pictures(root / "data" / "images" / model, index, rng)
     for stage in ("teacher", "shared_expert_kd", "moe_kd", *(f"mob_kd-{level}" for level in GROUPS)):
         summary: dict[str, Any] = {"stage": stage, "fingerprint": "0123456789ab", "metrics": {"steps": 150}}
@@ -86,7 +86,7 @@ def write_inputs(root: Path) -> None:
 
 
 def evaluation(model: str, index: int, rng: np.random.Generator) -> Mapping[str, Any]:
-    """One `reports/eval/<model>.json`."""
+    """One `data/evaluations/<model>.json`."""
     layers = [f"transformer_blocks.{i}.{branch}" for i in range(1, 5) for branch in ("ff", "ff_context")]
     layers += [f"single_transformer_blocks.{i}.moe" for i in range(12)]
     routed = layers if model not in ("teacher", "shared") else []

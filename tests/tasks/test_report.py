@@ -98,7 +98,7 @@ def test_table_has_the_numbers_of_the_inputs(built: Path) -> None:
     rows = markdown_rows(built)
     assert list(rows) == [report_table.title(model) for model in made.MODELS]
     for model in made.MODELS:
-        given = json.loads((built / "reports" / "eval" / f"{model}.json").read_text())
+        given = json.loads((built / "data" / "evaluations" / f"{model}.json").read_text())
         latency = json.loads((built / "reports" / "latency.json").read_text())["models"][model]["1"]["ratio"]
         nfe, flops, activated, _, total, slower, accuracy, _, ratio, fid, distance, kd = rows[report_table.title(model)]
         scale = {"k": 1e3, "M": 1e6}
@@ -129,7 +129,7 @@ def test_page_and_markdown_show_the_same_table(built: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "stage"),
     [
-        ("reports/eval/M.json", "evaluate@M"),
+        ("data/evaluations/M.json", "evaluate@M"),
         ("reports/latency.json", "latency"),
         ("reports/stages/evaluator.json", "evaluator"),
         ("reports/stages/mob_kd-XS.json", "mob_kd@XS"),
@@ -150,8 +150,8 @@ def test_a_missing_input_is_named_with_its_stage(root: Path, path: str, stage: s
 
 
 def test_a_malformed_input_is_named_with_its_key(root: Path) -> None:
-    change(root / "reports" / "eval" / "S.json", accuracy="good")
-    with pytest.raises(DataError, match=r"eval/S\.json: accuracy: .*number.*stage evaluate@S"):
+    change(root / "data" / "evaluations" / "S.json", accuracy="good")
+    with pytest.raises(DataError, match=r"evaluations/S\.json: accuracy: .*number.*stage evaluate@S"):
         load(root, made.params(), EMPTY)
 
 
@@ -189,16 +189,16 @@ def test_findings_follow_the_targets(root: Path) -> None:
         return {name: f.mark for f in found for name in ("MoE-L", "MoE-XS") if f.text.startswith(f"{name} keeps")}
 
     assert marks() == {"MoE-L": "holds", "MoE-XS": "short"}
-    change(root / "reports" / "eval" / "XS.json", accuracy=0.85 * made.ACCURACY["teacher"] + 1e-9)
-    change(root / "reports" / "eval" / "L.json", accuracy=0.97 * made.ACCURACY["teacher"] - 1e-3)
+    change(root / "data" / "evaluations" / "XS.json", accuracy=0.85 * made.ACCURACY["teacher"] + 1e-9)
+    change(root / "data" / "evaluations" / "L.json", accuracy=0.97 * made.ACCURACY["teacher"] - 1e-3)
     assert marks() == {"MoE-L": "short", "MoE-XS": "holds"}
 
 
 def test_findings_name_idle_experts_and_one_sided_routers(root: Path) -> None:
-    own = json.loads((root / "reports" / "eval" / "L.json").read_text())
+    own = json.loads((root / "data" / "evaluations" / "L.json").read_text())
     use = own["expert_use"] | {"transformer_blocks.1.ff": [0.5, 0.5] + [0.0] * 10}
-    change(root / "reports" / "eval" / "L.json", expert_use=use)
-    change(root / "reports" / "eval" / "M.json", block_use={"transformer_blocks.1-3": [0.99, 0.01, 0.0]})
+    change(root / "data" / "evaluations" / "L.json", expert_use=use)
+    change(root / "data" / "evaluations" / "M.json", block_use={"transformer_blocks.1-3": [0.99, 0.01, 0.0]})
     short = [f.text for f in report_findings.findings(load(root, made.params(), EMPTY)) if f.mark == "short"]
     assert any("10 get less than" in text and "(transformer_blocks.1.ff) gets 6.0 times" in text for text in short)
     assert any("one block: MoE-M transformer_blocks.1-3" in text for text in short)
