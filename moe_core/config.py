@@ -102,12 +102,14 @@ class TextConfig(Section):
     num_layers: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     max_sequence_length: int = Field(gt=0, description="T5 tokens a prompt")
+    context_words: int = Field(3, gt=0, description="how far to either side a T5 token learns to tell its neighbours")
 
 
 class TeacherTrainingConfig(Section):
-    """How a teacher is trained from nothing: the VAE first, then transformer and text encoders together."""
+    """How a teacher is trained from nothing: the VAE, then the text encoders, then the transformer."""
 
     vae: OptimizerConfig
+    text: OptimizerConfig
     transformer: OptimizerConfig
     timesteps: TimestepConfig
     validate_every: int = Field(gt=0)

@@ -14,6 +14,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -97,6 +98,21 @@ def build_vae(config: VAEConfig, resolution: int) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def put_finished(pipeline: FluxPipeline, vae: Path, text: Path) -> None:
+    """Puts the trained VAE and text encoders (`text/text_encoder`, `text/text_encoder_2`) into the pipeline, frozen.
+
+    Where they lay is forgotten: a pipeline that was trained in another folder is the same, file by file.
+    """
+    pipeline.register_modules(
+        vae=AutoencoderKL.from_pretrained(vae).requires_grad_(False),
+        text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder").requires_grad_(False),
+        text_encoder_2=T5EncoderModel.from_pretrained(text / "text_encoder_2").requires_grad_(False),
+    )
+    pipeline.vae.register_to_config(_name_or_path="")
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.config.name_or_path = ""
 
 
 def clip_tokenizer(captions: list[str], max_length: int) -> CLIPTokenizer:

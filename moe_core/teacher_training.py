@@ -1,4 +1,4 @@
-"""Training a small FLUX pipeline from nothing: first the VAE, then the transformer together with both text encoders.
+"""Training a small FLUX pipeline from nothing: the VAE, then (after `moe_core.text_training`) the transformer.
 
 - `VAETrainee` and `FlowTrainee` are trainees in the sense of `moe_core.training`: the loop, the devices and the
   checkpoints are the caller's.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moe_core import noise
 from moe_core.config import TimestepConfig
 from moe_core.errors import DataError
+from moe_core.text_training import tokens
 
 _VALIDATION_BATCH = 128
 
@@ -45,7 +46,7 @@ class VAEStep(nn.Module):
 
 
 class FlowStep(nn.Module):
-    """Loss of the transformer and the text encoders: mean squared error of the predicted velocity."""
+    """Loss of the transformer: mean squared error of the predicted velocity."""
 
     def __init__(self, pipeline: FluxPipeline, guidance_scale: float) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class LatentCaptions:
 
 
 class FlowTrainee:
-    """Transformer and text encoders of a pipeline whose VAE is finished, as a trainee."""
+    """The transformer of a pipeline, and those of its text encoders that are not frozen, as a trainee."""
 
     def __init__(
         self,
@@ -148,16 +149,7 @@ class FlowTrainee:
             text: number for number, text in enumerate(dict.fromkeys([*train.captions, *validation.captions]))
         }
         captions = list(self._tokens)
-        self._clip_ids = pipeline.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        self._t5_ids = pipeline.tokenizer_2(
-            captions, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-        ).input_ids
+        self._clip_ids, self._t5_ids = tokens(pipeline, captions, max_sequence_length)
 
     def batch(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Inputs of `FlowStep` for these sample positions."""

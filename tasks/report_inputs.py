@@ -159,6 +159,9 @@ class Inputs:
 RecordT = TypeVar("RecordT", bound=Record)
 
 
+TEACHER_PARTS = ("teacher-vae", "teacher-text")
+
+
 def model_names(params: Params) -> tuple[str, ...]:
     """The table's rows: the teacher, shared experts alone, level L, then the levels of `mob.levels`."""
     return ("teacher", "shared", "L", *params.mob.levels)
@@ -166,7 +169,7 @@ def model_names(params: Params) -> tuple[str, ...]:
 
 def trained_stages(params: Params) -> tuple[str, ...]:
     """The stages that have loss curves, in the DAG's order."""
-    teacher = ("teacher-vae", "teacher") if params.model.source == "train" else ()
+    teacher = (*TEACHER_PARTS, "teacher") if params.model.source == "train" else ()
     return (*teacher, "shared_expert_kd", "moe_kd", *(f"mob_kd-{level}" for level in params.mob.levels))
 
 
@@ -253,8 +256,8 @@ def _pictures(folder: Path, model: str) -> tuple[Picture, ...]:
 
 
 def _owner(curve: str) -> str:
-    """The stage that a curve is of: the VAE is trained by stage `teacher`."""
-    return curve.removesuffix("-vae")
+    """The stage that a curve is of: a teacher has one for each part that is trained before the transformer."""
+    return "teacher" if curve in TEACHER_PARTS else curve
 
 
 def _summary(reports: Path, stage: str) -> StageSummary:

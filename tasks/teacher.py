@@ -1,6 +1,6 @@
 """Stage `teacher`: the dense model as a complete diffusers `FluxPipeline` folder.
 
-- `model.source: train` trains a small one from nothing: the VAE first, then transformer and text encoders together.
+- `model.source: train` trains a small one from nothing: the VAE, then the text encoders, then the transformer.
 - `folder` and `hub` copy a given one.
 """
 
@@ -19,8 +19,10 @@ from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import FluxPipeline
 
     from moe_core.training import Trainee
+    from tasks.pictures import Pictures
 
 
 def teacher(stage: Stage) -> None:
@@ -29,22 +31,23 @@ def teacher(stage: Stage) -> None:
     if model.training is None or model.source != "train":
         _given(model, stage.root / TEACHER)
         # Nothing was trained: dvc.yaml lists the curves all the same.
-        for name in ("teacher-vae", "teacher"):
+        for name in ("teacher-vae", "teacher-text", "teacher"):
             curves.write(stage.root / CURVES / f"{name}.csv", [])
         stage.summary({})
         return
     assert stage.resume is not None
     shared = {"root": str(stage.root), "params": stage.params.model_dump(mode="json")}
-    vae = str(stage.resume.path / "vae" / "product")
+    finished = {name: str(stage.resume.path / name / "product") for name in ("vae", "text")}
     config = model.training
     trained = train_stage(
         stage,
         [
             ("vae", "tasks.teacher:build_vae", shared, config.vae, config.validate_every),
+            ("text", "tasks.teacher:build_text", shared, config.text, config.validate_every),
             (
                 "transformer",
                 "tasks.teacher:build_transformer",
-                shared | {"vae": vae},
+                shared | finished,
                 config.transformer,
                 config.validate_every,
             ),
@@ -57,7 +60,8 @@ def teacher(stage: Stage) -> None:
         for phase, points in trained.points.items()
         for split in ("train", "validation")
     }
-    stage.summary({**metrics, "vae_steps": config.vae.steps, "transformer_steps": config.transformer.steps})
+    steps = {f"{phase}_steps": getattr(config, phase).steps for phase in trained.points}
+    stage.summary({**metrics, **steps})
     stage.run.model("teacher", stage.root / TEACHER, metrics)
 
 
@@ -80,38 +84,43 @@ def _given(model: ModelConfig, folder: Path) -> None:
 def build_vae(device: torch.device, root: str, params: dict[str, Any]) -> Trainee:
     """In a worker: the VAE of a new pipeline, and the pictures."""
     # Torch and diffusers load in the workers, not in the driver, where they would cost seconds for nothing.
-    from moe_core import noise, small_flux, teacher_training
-    from tasks import pictures
+    from moe_core import noise, teacher_training
 
-    config = parse(Params, params)
+    config, found, pipeline = _new(root, params)
     assert config.model.vae is not None
-    found = pictures.load(Path(root), config)
     seed = noise.derive_seed(config.seed, "teacher-vae")
-    pipeline = small_flux.build_pipeline(
-        config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights")
-    )
     vae = pipeline.vae.to(device)
     return teacher_training.VAETrainee(vae, config.model.vae.kl_weight, found.train, found.validation, seed)
 
 
-def build_transformer(device: torch.device, root: str, params: dict[str, Any], vae: str) -> Trainee:
-    """In a worker: the same pipeline with the trained VAE, and the pictures' latents."""
+def build_text(device: torch.device, root: str, params: dict[str, Any]) -> Trainee:
+    """In a worker: the text encoders of the same pipeline, and the captions."""
+    # In the workers only, as above.
+    from moe_core import noise, text_training
+
+    config, found, pipeline = _new(root, params)
+    assert config.model.text is not None
+    return text_training.TextTrainee(
+        pipeline.to(device),
+        config.model.max_sequence_length,
+        config.model.text.context_words,
+        found.train_captions,
+        found.validation_captions,
+        noise.derive_seed(config.seed, "teacher-text"),
+    )
+
+
+def build_transformer(device: torch.device, root: str, params: dict[str, Any], vae: str, text: str) -> Trainee:
+    """In a worker: the same pipeline with the trained VAE and text encoders, and the pictures' latents."""
     # In the workers only, as above.
     import torch
-    from diffusers import AutoencoderKL
 
     from moe_core import noise, small_flux, teacher_training
     from moe_core.teacher_training import LatentCaptions
-    from tasks import pictures
 
-    config = parse(Params, params)
+    config, found, pipeline = _new(root, params)
     assert config.model.training is not None
-    found = pictures.load(Path(root), config)
-    pipeline = small_flux.build_pipeline(
-        config.model, found.vocabulary, noise.derive_seed(config.seed, "teacher-weights")
-    )
-    # The trained VAE replaces the new one; it is finished, so it is not trained on.
-    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae).requires_grad_(False))
+    small_flux.put_finished(pipeline, Path(vae), Path(text))
     pipeline.to(device)
     size = config.data.shard.batch_size
     latents = [
@@ -127,6 +136,17 @@ def build_transformer(device: torch.device, root: str, params: dict[str, Any], v
         config.model.training.timesteps,
         noise.derive_seed(config.seed, "teacher-transformer"),
     )
+
+
+def _new(root: str, params: dict[str, Any]) -> tuple[Params, Pictures, FluxPipeline]:
+    """The parameters, the pictures, and a new pipeline for them: the same in every phase."""
+    from moe_core import noise, small_flux
+    from tasks import pictures
+
+    config = parse(Params, params)
+    found = pictures.load(Path(root), config)
+    seed = noise.derive_seed(config.seed, "teacher-weights")
+    return config, found, small_flux.build_pipeline(config.model, found.vocabulary, seed)
 
 
 if __name__ == "__main__":

@@ -161,11 +161,24 @@ class Stack:
     state: Path
     api: str
 
+    def request(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """The server's answer; asks again while it is "Service Unavailable", as Prefect's own clients do: two writers met in SQLite."""
+        answer: httpx.Response | None = None
+
+        def answered() -> bool:
+            nonlocal answer
+            answer = httpx.request(method, f"{self.api}{path}", json=body, timeout=30)
+            return answer.status_code != httpx.codes.SERVICE_UNAVAILABLE
+
+        until(answered, PATIENCE_S)
+        assert answer is not None
+        return answer
+
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.api}{path}", json=body, timeout=30)
+        return self.request("POST", path, body)
 
     def get(self, path: str) -> dict[str, Any]:
-        answer = httpx.get(f"{self.api}{path}", timeout=30)
+        answer = self.request("GET", path)
         answer.raise_for_status()
         return answer.json()
 

@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 from moe_core import small_flux
 from moe_core.data.embedded import captions_vocabulary, make_prompts
 from moe_core.errors import ConfigError
+from moe_core.text_training import ENCODERS
 from tests.moe_core.test_embedded import _config
 from tests.moe_core.tiny_pipeline import tiny_config, tiny_pipeline
 
@@ -60,3 +61,21 @@ def test_the_sampler_runs_from_1_to_1_over_steps_without_a_shift():
 def test_a_resolution_that_cannot_be_packed_is_refused():
     with pytest.raises(ConfigError, match=r"model.resolution is 18; it must be a multiple of 4"):
         small_flux.build_pipeline(tiny_config(resolution=18), captions_vocabulary(), 0)
+
+
+def test_finished_parts_are_put_in_without_a_trace_of_where_they_lay(tmp_path: Path):
+    finished, written = tiny_pipeline(seed=1), []
+    for name in ("here", "there"):
+        finished.vae.save_pretrained(tmp_path / name / "vae")
+        for part in ENCODERS:
+            getattr(finished, part).save_pretrained(tmp_path / name / "text" / part)
+        pipeline = tiny_pipeline(seed=0)
+        small_flux.put_finished(pipeline, tmp_path / name / "vae", tmp_path / name / "text")
+        for part in ("vae", *ENCODERS):
+            loaded, given = getattr(pipeline, part), getattr(finished, part)
+            assert not any(weight.requires_grad for weight in loaded.parameters())
+            assert all(torch.equal(weight, given.state_dict()[key]) for key, weight in loaded.state_dict().items())
+        pipeline.save_pretrained(tmp_path / name / "pipeline")
+        files = sorted(file for file in (tmp_path / name / "pipeline").rglob("*") if file.is_file())
+        written.append({str(file.relative_to(tmp_path / name)): file.read_bytes() for file in files})
+    assert written[0] == written[1]

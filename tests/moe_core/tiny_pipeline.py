@@ -25,6 +25,7 @@ SIZES = {
     "text": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_sequence_length": 8},
     "training": {
         "vae": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
+        "text": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
         "transformer": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
         "timesteps": {},
         "validate_every": 1,

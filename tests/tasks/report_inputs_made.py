@@ -54,7 +54,16 @@ def write_inputs(root: Path) -> None:
         {"stage": "evaluator", "fingerprint": "ba9876543210", "metrics": evaluator},
     )
     (root / "reports" / "curves").mkdir()
-    for stage in ("teacher-vae", "teacher", "shared_expert_kd", "moe_kd", "mob_kd-M", "mob_kd-S", "mob_kd-XS"):
+    for stage in (
+        "teacher-vae",
+        "teacher-text",
+        "teacher",
+        "shared_expert_kd",
+        "moe_kd",
+        "mob_kd-M",
+        "mob_kd-S",
+        "mob_kd-XS",
+    ):
         curve(rng, with_distill="kd" in stage).to_csv(root / "reports" / "curves" / f"{stage}.csv", index=False)
     ratios = dict(zip(MODELS, (1.0, 0.83, 1.21, 1.02, 0.88, 0.71), strict=True))
     times = {
