@@ -1,6 +1,11 @@
 """The pipeline's stages and what they share."""
 
+import gc
 import os
+
+# Torch, diffusers and Ray make millions of objects while they load, none of them garbage: Python's own thresholds cost a
+# fifth of the time that the imports take (benchmarks/overhead.py).
+gc.set_threshold(50_000, 20, 100)
 
 if not os.environ.get("RAY_ADDRESS"):
     # Read when Ray is imported. Without it a private Ray puts the host's outer address in place of a loopback one, and

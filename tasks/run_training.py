@@ -59,7 +59,7 @@ def train_stage(stage: Stage, phases: Sequence[tuple[str, str, dict[str, Any], O
         if trained := [r for r in records if r["split"] == "train"]:
             stage.progress.update(job.name, trained[-1]["step"], job.optimizer.steps, trained[-1]["loss"])
 
-    with contextlib.nullcontext() if compute.num_workers == 0 else stage.ray():
+    with contextlib.nullcontext() if compute.num_workers == 0 else stage.ray("tasks.launch"):
         train(jobs, folder, compute, stage.params.seed, watch)
     stage.run.tag({"work_seconds": f"{sum(_work_seconds(folder / job.name / METRICS) for job in jobs):.1f}"})
     points = {job.name: curves.read(folder / job.name / METRICS, job.optimizer.steps) for job in jobs}

@@ -6,6 +6,7 @@ A stage's function gets a `Stage`; its module is run by DVC as `python -m tasks.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -50,13 +51,12 @@ class Stage:
         return self.name.replace("@", "-")
 
     @contextlib.contextmanager
-    def ray(self) -> Iterator[None]:
-        """Inside, Ray is up."""
+    def ray(self, module: str = "torch") -> Iterator[None]:
+        """Inside, Ray is up; `module`, which is slow to load, loads while Ray's processes start."""
         # Ray is not imported by stages that do without it.
         from tasks import cluster
 
-        # Ray Train and Ray Data bring torch: it loads while Ray's processes start.
-        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+        threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
         with cluster.connect(self.name.replace("@", "-"), self.params.compute):
             self.run.tag({"device": _device(self.params.compute.use_gpu)})
             yield
@@ -84,6 +84,8 @@ def execute(
             raise
         print(f"{name}: {ours}", file=sys.stderr, flush=True)
         sys.exit(2)
+    # At its end Python would look for garbage among all of torch's and Ray's objects once more: a second for nothing.
+    gc.freeze()
     sys.exit(0)
 
 
