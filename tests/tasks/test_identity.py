@@ -50,7 +50,7 @@ def test_a_level_of_a_foreach_has_its_own(project: Path) -> None:
 
 
 def test_unknown_stage_and_missing_data_are_named(project: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing is no stage of dvc.yaml; its stages are first, level@M"):
+    with pytest.raises(ConfigError, match=r"nothing is no stage of dvc\.yaml; its stages are first, level@M"):
         identify(project, "nothing")
     (project / "code.py").unlink()
     with pytest.raises(DataError, match=r"code\.py, which stage first depends on, does not exist; `dvc repro first`"):
