@@ -118,13 +118,13 @@ def _follow(file: Path, process: Any) -> Iterator[str]:
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(run: Run, stage: str, force: bool) -> State:
-    """One stage: ends as `Cached` if DVC finds it unchanged or in its run cache."""
+def run_stage(run: Run, stage: str, force: bool, stands: bool) -> State:
+    """One stage: ends as `Cached` if DVC finds it unchanged or in its run cache; `stands`: that it is unchanged is known."""
     log = get_run_logger()
     if run.stopping.is_set():
         return Cancelled(message="the run was ended before this stage began")
     root = run.workspace.path
-    if not force and dag.unchanged(root, stage):
+    if stands or (not force and dag.unchanged(root, stage)):
         return Completed(name="Cached", message=f"{stage}: unchanged, as dvc.lock has it")
     if force or not dag.restorable(root, stage):
         run.join_ray()
@@ -228,6 +228,7 @@ def walk(run: Run) -> list[str]:
     """
     stages = dag.read(run.workspace.path)
     force = {SOURCE_STAGE} if _own_data(run.workspace.path) else set()
+    standing = dag.standing(stages, force)
     waiting = {stage.name: stage for stage in stages}
     running: dict[PrefectConcurrentFuture[Any], dag.Stage] = {}
     done: dict[str, State] = {}
@@ -237,7 +238,8 @@ def walk(run: Run) -> list[str]:
             alone = not running or not (stage.exclusive or any(other.exclusive for other in running.values()))
             if failed or len(running) >= PARALLEL_STAGES or not alone or not stage.upstream <= done.keys():
                 continue
-            running[run_stage.submit(run, stage.name, stage.name in force)] = waiting.pop(stage.name)
+            name = stage.name
+            running[run_stage.submit(run, name, name in force, name in standing)] = waiting.pop(name)
         if not running:
             break
         finished, _ = wait_for_any([future.wrapped_future for future in running], return_when=FIRST_COMPLETED)

@@ -40,9 +40,21 @@ def test_a_worktree_has_the_cached_outs_as_links(repository: Path) -> None:
         # Hard links to the checkout's cache (a file system with clones would show one link each): no copy of its own.
         assert out.stat().st_nlink > 1 or out.is_symlink()
         assert all(dag.unchanged(workspace.path, stage.name) for stage in dag.read(workspace.path))
+        assert all(stage.unchanged for stage in dag.read(workspace.path))
     assert not workspace.path.exists()
     assert not workspace.state.exists()
     assert "links" not in run("git", "worktree", "list", cwd=repository)
+
+
+def test_only_what_follows_from_unchanged_stages_alone_stands() -> None:
+    stages = [
+        dag.Stage("a", frozenset(), unchanged=True),
+        dag.Stage("b", frozenset({"a"})),
+        dag.Stage("c", frozenset({"b"}), unchanged=True),
+        dag.Stage("d", frozenset({"a"}), unchanged=True),
+    ]
+    assert dag.standing(stages, force=()) == {"a", "d"}
+    assert dag.standing(stages, force={"a"}) == set()
 
 
 def test_the_dag_is_dvcs_and_every_stage_comes_after_what_it_needs(repository: Path) -> None:
@@ -64,6 +76,7 @@ def test_a_sealed_run_can_be_applied_and_is_up_to_date(repository: Path) -> None
     with opened(repository, "sealed") as workspace:
         set_top_k(workspace.path, 5)
         assert not dag.unchanged(workspace.path, "teacher")
+        assert not next(stage for stage in dag.read(workspace.path) if stage.name == "teacher").unchanged
         assert not dag.restorable(workspace.path, "teacher")
         workspace.dvc("repro")
         (workspace.path / "reports" / "new.md").write_text("a report that HEAD does not have\n")
