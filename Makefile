@@ -3,7 +3,7 @@
 PY := .venv/bin/python
 SHELL := /bin/sh
 
-.PHONY: help setup demo test slow long lint format typecheck up down params lock gpu bench clean
+.PHONY: help setup demo test slow lint format typecheck up down params lock gpu bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,11 +19,8 @@ demo: setup ## the whole pipeline on the demo preset, in a worktree of its own; 
 test: setup ## every test that is neither slow nor needs a GPU
 	@$(PY) -m pytest -m "not slow and not gpu" -p no:cacheprovider
 
-slow: setup ## the slow tests
-	@$(PY) -m pytest -m "slow and not long and not gpu" -p no:cacheprovider
-
-long: setup ## kill -9 of every training stage, and the whole pipeline in a clone; minutes each
-	@$(PY) -m pytest -m "long and not gpu" -p no:cacheprovider
+slow: setup ## the slow tests: the flow and its page, kill -9 of every training stage, the whole pipeline in a clone
+	@$(PY) -m pytest -m "slow and not gpu" -p no:cacheprovider
 
 lint: setup ## ruff, mypy, import-linter
 	@.venv/bin/ruff check .

@@ -18,7 +18,6 @@ from tasks.tracking import metrics_frame
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.long,
     pytest.mark.timeout(1500),
     # MLflow's use of SQLAlchemy and others'.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),

@@ -185,7 +185,6 @@ STAGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_stage_killed_again_and_again_ends_bit_for_bit_the_same(finished: Path, stage: str) -> None:
@@ -236,7 +235,6 @@ def workers(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_importance_goes_on_with_the_units_that_are_left(finished: Path) -> None:
     expected = hashes(finished / "data" / "importance")
