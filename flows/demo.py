@@ -43,11 +43,13 @@ def prefect_environment(checkout: Path) -> Iterator[dict[str, str]]:
 
 
 def conflicts(checkout: Path, experiment: str) -> list[str]:
-    """Uncommitted files of the checkout that `dvc exp apply` would overwrite with the experiment's."""
-    changed = {line[3:].split(" -> ")[-1].strip('"') for line in _status(checkout)}
+    """Uncommitted changes that `dvc exp apply` would lose: those of every tracked file, which DVC resets whether the
+    experiment has it or not, and untracked files that the experiment has too.
+    """
     reference = _reference(checkout, experiment)
     theirs = set(git("diff", "--name-only", "HEAD", reference, cwd=checkout).splitlines())
-    return sorted(changed & theirs)
+    changed = {line[3:].split(" -> ")[-1].strip('"'): line[:2] for line in _status(checkout)}
+    return sorted(file for file, state in changed.items() if state != "??" or file in theirs)
 
 
 def apply(checkout: Path, experiment: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import demo
+from moe_core.errors import ConfigError
 from tests.flows.repository import PROJECT, dvc, leftovers, make_repository, run
 
 
@@ -23,6 +24,18 @@ def test_the_summary_is_a_table_of_the_models_numbers(tmp_path: Path) -> None:
         "L      0.9877    1.235e+05",
         "XS     0.9       nan      ",
     ]
+
+
+def test_no_uncommitted_change_is_lost_when_a_run_is_applied(tmp_path: Path) -> None:
+    checkout = make_repository(tmp_path / "checkout")
+    run("git", "update-ref", "refs/exps/00/0000/demo-x", "HEAD", cwd=checkout)
+    (checkout / "notes.txt").write_text("untracked, and not the experiment's\n")
+    assert demo.conflicts(checkout, "demo-x") == []
+    # The experiment has the same stage.py as HEAD, and `dvc exp apply` resets it all the same.
+    (checkout / "stage.py").write_text("# the user's\n")
+    with pytest.raises(ConfigError, match=r"uncommitted changes of stage\.py would be overwritten; commit or stash"):
+        demo.apply(checkout, "demo-x")
+    assert (checkout / "stage.py").read_text() == "# the user's\n"
 
 
 @pytest.mark.slow
