@@ -20,6 +20,11 @@ KINDS = ("single_object", "two_object", "counting", "colors", "position", "color
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into a token."""
 
+ComputingStage = Literal[
+    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "evaluate", "latency"
+]
+"""The stages that take from `compute`."""
+
 Kind = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
 
@@ -314,6 +319,14 @@ class EvalConfig(Section):
     gallery: int = Field(8, gt=0, description="prompts in the report's same-noise gallery")
 
 
+class StageCompute(Section):
+    """What one stage has otherwise than the others."""
+
+    num_workers: int | None = Field(None, ge=0)
+    cpus_per_worker: int | None = Field(None, gt=0)
+    use_gpu: bool | None = None
+
+
 class ComputeConfig(Section):
     """Where and how a run takes place; never part of a stage's identity."""
 
@@ -324,6 +337,14 @@ class ComputeConfig(Section):
     checkpoint_every: int = Field(gt=0, description="steps between resume checkpoints")
     log_every: int = Field(gt=0)
     max_failures: int = Field(1, ge=0, description="worker crashes that Ray Train restarts from the last checkpoint")
+    stages: dict[ComputingStage, StageCompute] = Field(
+        default_factory=dict, description="stage (`mob_kd` for all its levels) -> what it has otherwise"
+    )
+
+    def of(self, stage: str) -> ComputeConfig:
+        """What a stage, named as DVC addresses it (`mob_kd@M`), has: its own values where `stages` gives some."""
+        own = {str(name): config.model_dump(exclude_none=True) for name, config in self.stages.items()}
+        return self.model_copy(update=own.get(stage.partition("@")[0], {}))
 
 
 class Params(Section):

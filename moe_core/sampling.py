@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import is_accelerate_available
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,6 +29,8 @@ from moe_core.transformer import FluxMoETransformer2DModel
 
 CACHE_BYTES = 512 * 2**20
 """Encoded prompts that are kept, a pipeline; FLUX.1's are 4 MB each."""
+LOADING = {"low_cpu_mem_usage": is_accelerate_available()}
+"""For `from_pretrained`, which otherwise says at every load that accelerate is not there."""
 _MAX_T5_TOKENS = 512
 """FluxPipeline's own limit."""
 
@@ -46,7 +49,7 @@ def load_pipeline(
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json; it must be a diffusers pipeline folder")
     parts = {} if transformer is None else {"transformer": load_transformer(transformer, dtype)}
-    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, **parts)
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, **LOADING, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -60,7 +63,7 @@ def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> FluxTr
     classes = {kind.__name__: kind for kind in (FluxTransformer2DModel, FluxMoETransformer2DModel)}
     if name not in classes:
         raise CheckpointError(f"{config} has _class_name '{name}'; it must be one of {', '.join(classes)}")
-    return classes[name].from_pretrained(folder, dtype=dtype)
+    return classes[name].from_pretrained(folder, dtype=dtype, **LOADING)
 
 
 def start_noise(pipeline: FluxPipeline, seed: int, numbers: Sequence[int], resolution: int) -> Tensor:

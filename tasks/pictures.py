@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def load(root: Path, params: Params) -> Pictures:
     )
 
 
+# The phases of a teacher run one after the other in the same worker.
+@functools.lru_cache(maxsize=1)
 def _read(root: Path, max_caption_chars: int, resolution: int) -> tuple[list[webdataset.Sample], Tensor]:
     """The samples that stage `shard` keeps, in order, and their pictures."""
     samples, decoded = [], []

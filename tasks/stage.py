@@ -105,6 +105,7 @@ def _execute(
 ) -> None:
     root = Path.cwd()
     params = read_params(root)
+    params = params.model_copy(update={"compute": params.compute.of(name)})
     [identity] = identify(root, name)
     with contextlib.ExitStack() as stack:
         resume = stack.enter_context(ResumeFolder(main_checkout(root) / RESUME_ROOT, identity)) if resumable else None

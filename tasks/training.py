@@ -36,6 +36,8 @@ def run(phases: list[Phase], folder: Path, device: torch.device, threads: int, s
     worker = Worker.here(device)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Determinism would also fill every new tensor; nothing here reads memory that it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with _alone(folder, worker):
         for phase in phases:
             if not (folder / phase.name / PRODUCT).exists():

@@ -47,6 +47,7 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
         ({"data.kind": "webdataset", "data.path": "/x"}, "kind is 'webdataset'; then embedded must be null"),
         ({"model.source": "folder"}, "source is 'folder'; then path must be given"),
         ({"kd.moe.train": ["router", "gates"]}, r"kd.moe.train.1 = 'gates': Input should be 'shared'"),
+        ({"compute.stages": {"techer": {}}}, r"compute.stages.techer.\[key\] = 'techer': Input should be 'teacher'"),
         ({"seed": "seven"}, "seed = 'seven'"),
     ],
 )
@@ -63,3 +64,11 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_the_committed_parameters_are_good() -> None:
     parse(Params, _values({}))
+
+
+def test_a_stage_can_have_other_workers_than_the_rest() -> None:
+    own = {"mob_kd": {"num_workers": 4, "use_gpu": True}}
+    compute = parse(Params, _values({"compute.stages": own, "compute.cpus_per_worker": 3})).compute
+    assert (compute.of("mob_kd@XS").num_workers, compute.of("mob_kd@XS").use_gpu) == (4, True)
+    assert compute.of("mob_kd@XS").cpus_per_worker == 3
+    assert compute.of("moe_kd") == compute
