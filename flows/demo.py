@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from flows import processes, results
 from flows.ray_head import free_port
@@ -21,6 +24,8 @@ from flows.workspace import CODE, RunFailed, checkout_root, git, python_environm
 from moe_core.errors import ConfigError, Dense2MoEError
 
 EXPERIMENT = "demo"
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -40,6 +45,33 @@ def prefect_environment(checkout: Path) -> Iterator[dict[str, str]]:
     finally:
         processes.stop([server.record("prefect")])
         shutil.rmtree(folder)
+
+
+class Stopped(Exception):
+    """A signal asks this process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"signal {number}")
+
+
+def to_the_end(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a command and returns its exit status; raises Stopped after a signal, when the command has ended its own."""
+    # Its session is its own: it is told once, by us, and Ctrl-C in a terminal does not tell it a second time while it
+    # ends what it started.
+    run = subprocess.Popen(command, cwd=CODE, env=environment, start_new_session=True)
+    try:
+        return run.wait()
+    except Stopped:
+        run.terminate()
+        run.wait()
+        raise
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for later in STOPPING:
+        signal.signal(later, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def conflicts(checkout: Path, experiment: str) -> list[str]:
@@ -89,22 +121,24 @@ def _reference(checkout: Path, experiment: str) -> str:
 
 def main() -> int:
     """Runs the demo; an error is one line, without a traceback. Returns the exit status."""
+    for number in STOPPING:
+        signal.signal(number, _stop)
     checkout = checkout_root()
     name = f"{EXPERIMENT}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         with prefect_environment(checkout) as extra:
             command = [sys.executable, "-m", "flows.pipeline", "--experiment", EXPERIMENT, "--name", name]
             # The flow's own process: Prefect reads its settings when it is imported.
-            run = subprocess.run(command, cwd=CODE, env={**python_environment(CODE), **extra})
-        if run.returncode:
+            status = to_the_end(command, {**python_environment(CODE), **extra})
+        if status:
             print(f"the run {name} failed; what it says above names the stage", file=sys.stderr)
-            return run.returncode
+            return status
         apply(checkout, name)
     except Dense2MoEError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except Stopped as stopped:
+        return 128 + stopped.number
     print(f"\n{summary(checkout / 'reports')}\n\nreport: {checkout / 'reports' / 'index.html'}")
     return 0
 

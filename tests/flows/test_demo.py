@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import demo
 from moe_core.errors import ConfigError
-from tests.flows.repository import PROJECT, dvc, leftovers, make_repository, run
+from tests.flows.repository import PROJECT, dvc, leftovers, make_repository, run, until
 
 
 def test_the_summary_is_a_table_of_the_models_numbers(tmp_path: Path) -> None:
@@ -36,6 +38,22 @@ def test_no_uncommitted_change_is_lost_when_a_run_is_applied(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"uncommitted changes of stage\.py would be overwritten; commit or stash"):
         demo.apply(checkout, "demo-x")
     assert (checkout / "stage.py").read_text() == "# the user's\n"
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_told_to_end_ends_all_that_it_started(tmp_path: Path) -> None:
+    checkout = make_repository(tmp_path / "checkout")
+    environment = {**os.environ, "DENSE2MOE_CHECKOUT": str(checkout), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "flows.demo"]
+    with (tmp_path / "output").open("wb") as output:
+        demo_run = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output)
+    until(lambda: b"Running stage" in (tmp_path / "output").read_bytes(), 120)
+    own = psutil.Process(demo_run.pid).children(recursive=True)
+    assert {"prefect", "flows.pipeline", "ray"} <= {Path(word).name for p in own for word in p.cmdline()}
+    demo_run.send_signal(signal.SIGINT)
+    assert demo_run.wait(30) == 128 + signal.SIGINT
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in own), 5)
+    assert not leftovers(checkout)
 
 
 @pytest.mark.slow
