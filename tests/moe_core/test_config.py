@@ -33,7 +33,7 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
         ({"moe.topk": 1}, "unknown parameter moe.topk = 1"),
         ({"moe.shared_ratio": -1}, "moe.shared_ratio = -1"),
         ({"moe.dense_double_blocks": [5]}, "moe.dense_double_blocks has 5, but the model's double blocks are 0 to 4"),
-        ({"moe.conditioning_dim": 65}, "moe.conditioning_dim is 65; it must be at most the model's width, 64"),
+        ({"moe.conditioning_dim": 49}, "moe.conditioning_dim is 49; it must be at most the model's width, 48"),
         (
             {"mob.levels.M.double": {"blocks": [[1, 3, 4]]}},
             r"mob.levels.M.double: group \[1, 3, 4\] must be two or more consecutive block indices",
