@@ -12,7 +12,7 @@ import argparse
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,9 +213,12 @@ def pipeline(
         with tracking.parent_run(workspace.path, workspace.name, about) as parent:
             with _opened(workspace, parent) as run:
                 cached = walk(run)
-            tracking.record_cached(workspace.path, parent, cached)
-        artifacts.show_results(workspace.path / "reports")
-        workspace.seal()
+            # DVC and MLflow each take seconds to load, and neither waits for the other.
+            with ThreadPoolExecutor(1) as beside:
+                sealed = beside.submit(workspace.seal)
+                tracking.record_cached(workspace.path, parent, cached)
+                artifacts.show_results(workspace.path / "reports")
+                sealed.result()
         workspace.remove()
     log.info("sealed: `dvc exp apply %s` brings it into the checkout", workspace.name)
     return workspace.name
