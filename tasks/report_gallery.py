@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -54,11 +53,16 @@ def gallery(inputs: Inputs) -> Gallery:
 
 
 def chosen(inputs: Inputs) -> list[int]:
-    """Which prompts are shown: the first of each kind, then the second of each; never picked by how they came out."""
+    """Which prompts are shown: the first of each kind, then the second of each; never picked by how they came out.
+
+    A prompt that comes again, with other noise, waits for those that were not shown yet.
+    """
     pictures = inputs.pictures["teacher"]
     by_kind = [[i for i, picture in enumerate(pictures) if picture.tag == kind] for kind in kinds(inputs)]
-    in_turn: Iterator[int] = (i for turn in zip_longest(*by_kind) for i in turn if i is not None)
-    return [i for i, _ in zip(in_turn, range(inputs.params.eval.gallery), strict=False)]
+    in_turn: list[int] = [i for turn in zip_longest(*by_kind) for i in turn if i is not None]
+    first = {pictures[i].prompt: i for i in reversed(in_turn)}
+    # A stable sort: False, a first time, before True.
+    return sorted(in_turn, key=lambda i: first[pictures[i].prompt] != i)[: inputs.params.eval.gallery]
 
 
 def _shown(inputs: Inputs, model: str, picture: Picture) -> Image.Image:

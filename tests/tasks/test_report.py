@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -223,6 +224,16 @@ def test_gallery_takes_the_kinds_in_turn(root: Path) -> None:
     inputs = load(root, made.params(), EMPTY)
     tags = [inputs.pictures["teacher"][i].tag for i in chosen(inputs)]
     assert tags == ["single_object", "colors"] * 4
+
+
+def test_gallery_repeats_no_prompt_while_there_are_others(root: Path) -> None:
+    inputs = load(root, made.params(), EMPTY)
+    pictures = inputs.pictures["teacher"]
+    same = [dataclasses.replace(p, prompt="a red digit 0") if i < 6 else p for i, p in enumerate(pictures)]
+    shown = chosen(dataclasses.replace(inputs, pictures={**inputs.pictures, "teacher": same}))
+    assert [same[i].prompt for i in shown].count("a red digit 0") == 1
+    everything = [dataclasses.replace(p, prompt="a red digit 0") for p in pictures]
+    assert len(chosen(dataclasses.replace(inputs, pictures={**inputs.pictures, "teacher": everything}))) == len(shown)
 
 
 def test_without_mob_levels_the_report_ends_at_l(root: Path) -> None:
