@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -35,6 +36,7 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    on_termination = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     namespace = f"dense2moe-{stage}-{os.getpid()}"
     path = os.pathsep.join(p for p in (str(code_root()), os.environ.get("PYTHONPATH")) if p)
@@ -53,6 +55,8 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
         os.environ["PYTHONPATH"] = path
         needed = max(compute.num_workers, 1) * compute.cpus_per_worker
         _start_private(max(os.cpu_count() or 1, needed), namespace)
+    # Ray's handlers would abort this process at once; ours closes the stage's run and, here, Ray.
+    signal.signal(signal.SIGTERM, on_termination)
     try:
         check_size(compute)
         yield

@@ -27,6 +27,11 @@ def body(stage):
     if sys.argv[1] == "term":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
+    if sys.argv[1] == "term in ray":
+        with stage.ray():
+            import ray
+            os.kill(os.getpid(), signal.SIGTERM)
+            ray.get(ray.remote(time.sleep).remote(60))
     stage.summary({"loss": 0.5})
 execute("first", body, lambda p: {"moe": p.moe.model_dump()}, resumable=True)
 """
@@ -56,6 +61,14 @@ def test_a_stage_ends_with_its_report_its_run_and_its_progress(project: Path, ru
     tags = tracking.connect(project).get_run(frame["run_id"].iloc[0]).data.tags
     assert {"git.commit", "git.dirty", "version.torch", "version.ray", "seconds"} <= tags.keys()
     assert [p.name for p in (project / ".resume").iterdir() if p.is_dir()] == []
+
+
+def test_a_stage_that_is_told_to_end_while_ray_works_closes_its_run(project: Path, run) -> None:
+    done = run("term in ray")
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    client = tracking.connect(project)
+    [kept] = client.search_runs([tracking.experiment_id(client, project)])
+    assert kept.info.status == "KILLED"
 
 
 def test_an_error_of_ours_is_one_line_and_exit_code_2_and_a_kill_leaves_the_run_to_be_taken_up(
