@@ -141,9 +141,7 @@ class StageRun:
         """Logs parameters under dotted names. On a resumed run they stand already, and are the same."""
         if self.resumed:
             return
-        items = [Param(name, str(value)) for name, value in flatten(values).items()]
-        for first in range(0, len(items), SMALL_BATCH):
-            self.client.log_batch(self.run_id, params=items[first : first + SMALL_BATCH])
+        _log_params(self.client, self.run_id, flatten(values))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs values of one step."""
@@ -226,9 +224,10 @@ def _now() -> int:
 
 
 def log_cached(root: Path, stages: Iterable[str]) -> dict[str, str | None]:
-    """For stages that DVC found unchanged: a run under the parent with the metrics of the run that made them, named in tag `cached_from`.
+    """For stages that DVC found unchanged: a run under the parent with what the run that made them has of metrics and
+    parameters; that run is named in tag `cached_from`.
 
-    Returns stage -> run id of the maker, or None where the database does not know it (then the new run has no metrics).
+    Returns stage -> run id of the maker, or None where the database does not know it (then the new run has neither).
     """
     client = connect(root)
     experiment = experiment_id(client, root)
@@ -245,8 +244,15 @@ def log_cached(root: Path, stages: Iterable[str]) -> dict[str, str | None]:
         if maker:
             latest = [Metric(key, value, _now(), 0) for key, value in maker.data.metrics.items()]
             client.log_batch(run.info.run_id, metrics=latest[:BATCH])
+            _log_params(client, run.info.run_id, maker.data.params)
         client.set_terminated(run.info.run_id, status="FINISHED")
     return makers
+
+
+def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    items = [Param(name, str(value)) for name, value in values.items()]
+    for first in range(0, len(items), SMALL_BATCH):
+        client.log_batch(run_id, params=items[first : first + SMALL_BATCH])
 
 
 def _maker(client: MlflowClient, experiment: str, identity: Identity) -> Run | None:

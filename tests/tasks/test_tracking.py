@@ -12,7 +12,7 @@ from moe_core.errors import ConfigError
 from tasks import tracking
 from tasks.curves import Point
 from tasks.fingerprint import identify
-from tasks.tracking import PARENT, StageRun, log_cached, metrics_frame
+from tasks.tracking import PARENT, StageRun, connect, log_cached, metrics_frame
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
@@ -101,6 +101,7 @@ def test_a_cached_stage_appears_with_the_metrics_and_the_name_of_its_maker(
     for value in (3.0, 1.0):
         run = StageRun(tracked, first)
         run.metrics({"loss": value})
+        run.params({"steps": {f"of_{number}": number for number in range(120)}})
         run.end("FINISHED")
     failed = StageRun(tracked, first)
     failed.end("FAILED")
@@ -112,6 +113,8 @@ def test_a_cached_stage_appears_with_the_metrics_and_the_name_of_its_maker(
     cached = frame[frame["cached_from"] == run.run_id]
     assert cached["value"].tolist() == [1.0, 1.0]
     assert set(cached["parent_run_id"]) == {"f" * 32}
+    copied = [connect(tracked).get_run(run_id).data.params for run_id in set(cached["run_id"])]
+    assert copied == [{f"steps.of_{number}": str(number) for number in range(120)}] * 2
     assert level.stage == "level@M"
 
 
