@@ -50,5 +50,6 @@ gpu: setup ## MegaBlocks and its companions, without dependencies, on a CUDA mac
 bench: setup ## what benchmarks/ measures on a CPU
 	@$(PY) -m benchmarks.demo
 
-clean: ## remove what is ignored by git but the environment and the DVC cache
-	@git clean -fdX -e '!.venv' -e '!.dvc/cache' -e '!.dvc/tmp' -e '!data'
+clean: ## remove the caches of the tools; results, databases, settings and the environment stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find . -path ./.venv -prune -o -path ./.dvc -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -74,14 +74,27 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def conflicts(checkout: Path, experiment: str) -> list[str]:
-    """Uncommitted changes that `dvc exp apply` would lose: those of every tracked file, which DVC resets whether the
-    experiment has it or not, and untracked files that the experiment has too.
+def unsaved(checkout: Path) -> list[str]:
+    """Tracked files with changes that neither a commit nor a sealed experiment has: `dvc exp apply`, which resets every
+    tracked file, would lose them. What an earlier demo brought here is its experiment's, and not lost.
     """
-    reference = _reference(checkout, experiment)
+    changed = [file for file, state in _changes(checkout).items() if state != "??"]
+    saved: set[str] = set()
+    for reference in _experiments(checkout) if changed else ():
+        for line in git("ls-tree", reference, "--", *changed, cwd=checkout).splitlines():
+            about, _, file = line.partition("\t")
+            path = checkout / file
+            if path.is_file() and git("hash-object", file, cwd=checkout).strip() == about.split()[2]:
+                saved.add(file)
+    return sorted(set(changed) - saved)
+
+
+def conflicts(checkout: Path, experiment: str) -> list[str]:
+    """What applying an experiment would lose: unsaved changes, and untracked files that the experiment has too."""
+    reference = next(name for name in _experiments(checkout) if name.endswith(f"/{experiment}"))
     theirs = set(git("diff", "--name-only", "HEAD", reference, cwd=checkout).splitlines())
-    changed = {line[3:].split(" -> ")[-1].strip('"'): line[:2] for line in _status(checkout)}
-    return sorted(file for file, state in changed.items() if state != "??" or file in theirs)
+    untracked = {file for file, state in _changes(checkout).items() if state == "??"}
+    return sorted({*unsaved(checkout), *(untracked & theirs)})
 
 
 def apply(checkout: Path, experiment: str) -> None:
@@ -110,22 +123,28 @@ def summary(reports: Path) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
 
 
-def _status(checkout: Path) -> list[str]:
-    return git("status", "--porcelain", "--untracked-files=all", cwd=checkout).splitlines()
+def _changes(checkout: Path) -> dict[str, str]:
+    """File -> its two letters in `git status`."""
+    lines = git("status", "--porcelain", "--untracked-files=all", cwd=checkout).splitlines()
+    return {line[3:].split(" -> ")[-1].strip('"'): line[:2] for line in lines}
 
 
-def _reference(checkout: Path, experiment: str) -> str:
-    found = git("for-each-ref", "--format=%(refname)", "refs/exps", cwd=checkout).splitlines()
-    return next(reference for reference in found if reference.endswith(f"/{experiment}"))
+def _experiments(checkout: Path) -> list[str]:
+    return git("for-each-ref", "--format=%(refname)", "refs/exps", cwd=checkout).splitlines()
 
 
 def main() -> int:
     """Runs the demo; an error is one line, without a traceback. Returns the exit status."""
     for number in STOPPING:
         signal.signal(number, _stop)
-    checkout = checkout_root()
     name = f"{EXPERIMENT}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        checkout = checkout_root()
+        if lost := unsaved(checkout):
+            raise ConfigError(
+                f"uncommitted changes of {', '.join(lost)} would be overwritten when the finished run is brought here;"
+                " commit or stash them first"
+            )
         with prefect_environment(checkout) as extra:
             command = [sys.executable, "-m", "flows.pipeline", "--experiment", EXPERIMENT, "--name", name]
             # The flow's own process: Prefect reads its settings when it is imported.

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from flows import artifacts, dag, processes, tracking
 from flows.parameters import Commit, Experiment, Override, RunName, compose
 from flows.ray_head import RayHead, tail
 from flows.workspace import RunFailed, Workspace, checkout_root, python_environment, uncommitted, workspaces
+from moe_core.errors import Dense2MoEError
+from tasks.project import read_params
 
 PARALLEL_STAGES = 2
 """Stages side by side: evaluations are many and small; two keep a machine busy, and SQLite without contention."""
@@ -56,7 +59,8 @@ class Run:
         """Sees to it that there is a Ray to join: the one RAY_ADDRESS names, or this run's own, started now."""
         with self._ray_lock:
             if not self.environment.get("RAY_ADDRESS"):
-                self._ray.wait(self._ray.start())
+                cpus = read_params(self.workspace.path).compute.most_cpus
+                self._ray.wait(self._ray.start(cpus=cpus))
                 self.environment |= self._ray.environment()
 
     def reproduce(self, stage: str, force: bool, log: Any) -> bool:
@@ -216,8 +220,14 @@ def pipeline(
             # DVC and MLflow each take seconds to load, and neither waits for the other.
             with ThreadPoolExecutor(1) as beside:
                 sealed = beside.submit(workspace.seal)
-                tracking.record_cached(workspace.path, parent, cached)
-                artifacts.show_results(workspace.path / "reports")
+                try:
+                    tracking.record_cached(workspace.path, parent, cached)
+                    artifacts.show_results(workspace.path / "reports")
+                except BaseException:
+                    # The run has failed: a later one of the same name takes over, and must not find its name taken.
+                    sealed.result()
+                    workspace.unseal()
+                    raise
                 sealed.result()
         workspace.remove()
     log.info("sealed: `dvc exp apply %s` brings it into the checkout", workspace.name)
@@ -268,8 +278,8 @@ def _own_data(root: Path) -> bool:
     return bool(yaml.safe_load((root / "params.yaml").read_text())["data"]["kind"] != "embedded")
 
 
-def main() -> None:
-    """Runs the flow in this process, against the Prefect server of PREFECT_API_URL."""
+def main() -> int:
+    """Runs the flow in this process, against the Prefect server of PREFECT_API_URL; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.pipeline", description="Run the pipeline as a Prefect flow, here."
     )
@@ -278,8 +288,13 @@ def main() -> None:
     parser.add_argument("--commit", default="HEAD")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
-    pipeline(given.experiment, given.overrides, given.name, given.commit)
+    try:
+        pipeline(given.experiment, given.overrides, given.name, given.commit)
+    except Dense2MoEError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

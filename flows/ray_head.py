@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import socket
@@ -35,8 +36,11 @@ class RayHead:
         # Where the session folder is, for whoever has to remove it after a kill -9.
         self.folder = state / "temporary" / name
 
-    def start(self, *, port: int = 0, dashboard_port: int | None = None) -> subprocess.Popen[bytes]:
-        """Starts the head and returns at once; `wait` says when it serves. No `dashboard_port`: no dashboard."""
+    def start(self, *, port: int = 0, dashboard_port: int | None = None, cpus: int = 1) -> subprocess.Popen[bytes]:
+        """Starts the head and returns at once; `wait` says when it serves. No `dashboard_port`: no dashboard.
+
+        It offers all CPUs of the machine, or `cpus`, if that is more: threads then share them, and a stage still runs.
+        """
         self.token.parent.mkdir(parents=True, exist_ok=True)
         self.token.touch(mode=0o600)
         self.token.write_text(secrets.token_hex(32))
@@ -48,7 +52,7 @@ class RayHead:
             f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--ray-client-server-port={free_port()}",
             "--node-manager-port=0", "--object-manager-port=0", "--min-worker-port=0", "--max-worker-port=0",
             "--dashboard-agent-listen-port=0", f"--include-dashboard={bool(dashboard_port)}", *dashboard,
-            f"--temp-dir={self.folder.read_text()}",
+            f"--temp-dir={self.folder.read_text()}", f"--num-cpus={max(os.cpu_count() or 1, cpus)}",
         ]  # fmt: skip
         return processes.start(command, record=self.record, log=self.log, env=processes.inherit(_mode(self.token)))
 

@@ -157,6 +157,11 @@ class Workspace:
         with self._repository_alone():
             self.dvc("exp", "save", "--name", self.name, *reports)
 
+    def unseal(self) -> None:
+        """Takes the experiment back; the worktree stays as it is."""
+        with self._repository_alone():
+            self.dvc("exp", "remove", self.name)
+
     def remove(self) -> None:
         """Removes worktree and state: the run is over, and well."""
         self._remove_worktree()

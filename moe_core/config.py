@@ -346,6 +346,12 @@ class ComputeConfig(Section):
         own = {str(name): config.model_dump(exclude_none=True) for name, config in self.stages.items()}
         return self.model_copy(update=own.get(stage.partition("@")[0], {}))
 
+    @property
+    def most_cpus(self) -> int:
+        """CPUs that the largest stage asks for."""
+        every = [self, *(self.of(str(stage)) for stage in self.stages)]
+        return max(max(each.num_workers, 1) * each.cpus_per_worker for each in every)
+
 
 class Params(Section):
     """The whole of `params.yaml`."""
@@ -392,7 +398,24 @@ def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: in
             raise ValueError(
                 f"moe.dense_double_blocks has {index}, but the model's double blocks are 0 to {num_double - 1}"
             )
+    models = {"teacher", "checkpoints/moe", *(f"checkpoints/mob/{level}" for level in mob.levels)}
     for level, config in mob.levels.items():
+        if config.init not in models - {f"checkpoints/mob/{level}"}:
+            raise ValueError(
+                f"mob.levels.{level}.init is '{config.init}'; it must be one of {', '.join(sorted(models))}, and not itself"
+            )
+        dense = set(moe.dense_double_blocks)
+        if inside := [list(group) for group in config.double.blocks or () if dense & set(group)]:
+            raise ValueError(
+                f"mob.levels.{level}.double.blocks has {inside[0]}, but moe.dense_double_blocks keeps {sorted(dense)} dense;"
+                " no group may have one of them"
+            )
+        free = longest_run(num_double, dense)
+        if config.double.groups and config.double.blocks is None and config.double.size > free:
+            raise ValueError(
+                f"mob.levels.{level}.double: groups of {config.double.size} need as many consecutive blocks, but between"
+                f" those that moe.dense_double_blocks keeps dense there are at most {free}"
+            )
         for kind, groups, count in (("double", config.double, num_double), ("single", config.single, num_single)):
             where = f"mob.levels.{level}.{kind}"
             if groups.groups * groups.size > count:
@@ -408,6 +431,15 @@ def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: in
             for size in {len(g) for g in groups.blocks or ()} | ({groups.size} if groups.groups else set()):
                 if mob.active > size:
                     raise ValueError(f"mob.active is {mob.active}, but {where} has groups of {size} blocks")
+
+
+def longest_run(count: int, without: set[int]) -> int:
+    """The most consecutive numbers below `count` that are not in `without`."""
+    longest = current = 0
+    for index in range(count):
+        current = 0 if index in without else current + 1
+        longest = max(longest, current)
+    return longest
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -32,6 +32,11 @@ if ! .venv/bin/python -m pip install --disable-pip-version-check -q --no-deps -r
     grep -i error "$log" | head -n 3 >&2
     fail "pip could not install requirements.lock; the whole output is in $log"
 fi
+# A torch with CUDA needs libraries that the lock, the same for every build of torch, cannot name; torch names their exact versions.
+if ! .venv/bin/python -m pip install --disable-pip-version-check -q -c requirements.lock "$(grep '^torch==' requirements.lock)" >"$log" 2>&1; then
+    grep -i error "$log" | head -n 3 >&2
+    fail "pip could not install what this build of torch needs; the whole output is in $log"
+fi
 .venv/bin/python -m pip check >"$log" 2>&1 || fail "installed versions do not fit together: $(head -n 1 "$log")"
 touch .venv/.locked
 say "setup: done"

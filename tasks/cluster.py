@@ -43,13 +43,16 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
     if address:
         _check_answers(address)
         environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-        ray.init(
-            address=address,
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"env_vars": environment | {"PYTHONPATH": path}},
-        )
+        try:
+            ray.init(
+                address=address,
+                namespace=namespace,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env={"env_vars": environment | {"PYTHONPATH": path}},
+            )
+        except Exception as error:  # as below; a wrong token, another version and no cluster for `auto` differ in class
+            raise ConfigError(f"RAY_ADDRESS is {address}, but that Ray cannot be joined: {error}") from error
     else:
         # A private Ray's processes inherit this environment: no runtime_env, so the workers that Ray starts at once can be used.
         os.environ["PYTHONPATH"] = path

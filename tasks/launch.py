@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from moe_core.config import ComputeConfig
 from moe_core.errors import Dense2MoEError
-from tasks.phase import call, leave_failure, take_failure
+from tasks.phase import call, failure_in, leave_failure, take_failure
 
 
 def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: ComputeConfig) -> None:
@@ -79,6 +79,9 @@ class _Trainer(ray.train.torch.TorchTrainer):
 
 def _work(config: dict[str, Any]) -> None:
     """What Ray Train calls in every worker process. Ray wraps exceptions: ours is left in a file for the driver."""
+    if failure := failure_in(config["folder"]):
+        # Ray starts the group again after any error. This one would only come again, at the end of as many steps.
+        raise failure
     try:
         call(config["entry"])(device=ray.train.torch.get_device(), **config["arguments"])
     except Dense2MoEError as error:

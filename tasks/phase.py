@@ -45,14 +45,20 @@ def leave_failure(folder: Path, error: errors.Dense2MoEError) -> None:
     outs.write_json(folder / FAILURE, {"kind": type(error).__name__, "message": str(error)})
 
 
-def take_failure(folder: Path) -> errors.Dense2MoEError | None:
-    """The error a worker left, if any; it is removed."""
+def failure_in(folder: Path) -> errors.Dense2MoEError | None:
+    """The error a worker left, if any."""
     path = folder / FAILURE
     if not path.exists():
         return None
     failure = json.loads(path.read_text())
-    path.unlink()
     return getattr(errors, failure["kind"])(failure["message"])
+
+
+def take_failure(folder: Path) -> errors.Dense2MoEError | None:
+    """The same; it is removed."""
+    failure = failure_in(folder)
+    (folder / FAILURE).unlink(missing_ok=True)
+    return failure
 
 
 @dataclass

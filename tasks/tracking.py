@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
 import time
@@ -66,7 +67,7 @@ def connect(root: Path) -> MlflowClient:
     if urllib.parse.urlparse(uri).scheme in ("http", "https"):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise ConfigError(
                 f"MLFLOW_TRACKING_URI is {uri}, but no MLflow server answers there ({error}); start one (`make up`), or unset the variable"
                 " to log to mlflow.db in the main checkout"

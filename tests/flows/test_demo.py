@@ -38,6 +38,12 @@ def test_no_uncommitted_change_is_lost_when_a_run_is_applied(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"uncommitted changes of stage\.py would be overwritten; commit or stash"):
         demo.apply(checkout, "demo-x")
     assert (checkout / "stage.py").read_text() == "# the user's\n"
+    # What a sealed experiment has is not lost: a second demo may follow the first.
+    run("git", "commit", "-qam", "sealed", cwd=checkout)
+    run("git", "update-ref", "refs/exps/00/0000/demo-y", "HEAD", cwd=checkout)
+    run("git", "reset", "-q", "--soft", "HEAD~", cwd=checkout)
+    assert demo.unsaved(checkout) == []
+    assert demo.conflicts(checkout, "demo-x") == []
 
 
 @pytest.mark.slow

@@ -41,6 +41,15 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
         ({"mob.levels.M.double": {"blocks": [[1, 2], [2, 3]]}}, r"blocks \[2\] stand in two groups"),
         ({"mob.levels.M.double": {"blocks": [[4, 5]]}}, r"has \[4, 5\], but the model's double blocks are 0 to 4"),
         ({"mob.levels.XS.single": {"groups": 5, "size": 3}}, "5 groups of 3 need 15 blocks; the model has 12"),
+        (
+            {"mob.levels.M.double": {"groups": 1, "size": 5}},
+            "mob.levels.M.double: groups of 5 need as many consecutive blocks, .* at most 4",
+        ),
+        (
+            {"mob.levels.M.double": {"blocks": [[0, 1, 2]]}},
+            r"mob.levels.M.double.blocks has \[0, 1, 2\], but moe.dense_double_blocks keeps \[0\] dense",
+        ),
+        ({"mob.levels.S.init": "checkpoints/mob/Q"}, "mob.levels.S.init is 'checkpoints/mob/Q'; it must be one of"),
         ({"mob.active": 4}, "mob.active is 4, but mob.levels.M.double has groups of 3 blocks"),
         ({"data.embedded": None}, "kind is 'embedded'; then embedded must be given"),
         ({"data.kind": "webdataset"}, "kind is 'webdataset'; then path must be given"),
