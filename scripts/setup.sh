@@ -18,7 +18,7 @@ if [ -z "$python" ]; then
     fail "needs Python 3.11 or 3.12 with venv, found: ${found:-none}; install one, or name it: make PYTHON=/path/to/python3.11 ${1:-setup}"
 fi
 
-need_mb=${DENSE2MOE_NEED_MB:-6000}
+need_mb=${DENSE2MOE_NEED_MB:-9000}
 free_mb=$(df -Pm . | awk 'NR == 2 {print $4}')
 if [ "$free_mb" -lt "$need_mb" ]; then
     fail "$free_mb MB free on $(pwd), but the environment and a demo run need $need_mb MB; free some, or set DENSE2MOE_NEED_MB"

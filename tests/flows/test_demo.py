@@ -46,6 +46,17 @@ def test_no_uncommitted_change_is_lost_when_a_run_is_applied(tmp_path: Path) -> 
     assert demo.conflicts(checkout, "demo-x") == []
 
 
+def commands(pid: int) -> set[str]:
+    """Every word of the command lines of a process's descendants, of paths the last part."""
+    words: set[str] = set()
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            words |= {Path(word).name for word in process.cmdline()}
+        except psutil.NoSuchProcess:
+            continue
+    return words
+
+
 @pytest.mark.slow
 def test_a_demo_that_is_told_to_end_ends_all_that_it_started(tmp_path: Path) -> None:
     checkout = make_repository(tmp_path / "checkout")
@@ -53,9 +64,9 @@ def test_a_demo_that_is_told_to_end_ends_all_that_it_started(tmp_path: Path) -> 
     command = [sys.executable, "-m", "flows.demo"]
     with (tmp_path / "output").open("wb") as output:
         demo_run = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output)
-    until(lambda: b"Running stage" in (tmp_path / "output").read_bytes(), 120)
+    expected = {"prefect", "flows.pipeline", "ray"}
+    until(lambda: b"Running stage" in (tmp_path / "output").read_bytes() and expected <= commands(demo_run.pid), 120)
     own = psutil.Process(demo_run.pid).children(recursive=True)
-    assert {"prefect", "flows.pipeline", "ray"} <= {Path(word).name for p in own for word in p.cmdline()}
     demo_run.send_signal(signal.SIGINT)
     assert demo_run.wait(30) == 128 + signal.SIGINT
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in own), 5)
