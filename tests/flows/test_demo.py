@@ -14,7 +14,7 @@ import pytest
 
 from flows import demo
 from moe_core.errors import ConfigError
-from tests.flows.repository import PROJECT, dvc, leftovers, make_repository, run, until
+from tests.flows.repository import PATIENCE_S, PROJECT, dvc, leftovers, make_repository, run, until
 
 
 def test_the_summary_is_a_table_of_the_models_numbers(tmp_path: Path) -> None:
@@ -65,7 +65,10 @@ def test_a_demo_that_is_told_to_end_ends_all_that_it_started(tmp_path: Path) -> 
     with (tmp_path / "output").open("wb") as output:
         demo_run = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output)
     expected = {"prefect", "flows.pipeline", "ray"}
-    until(lambda: b"Running stage" in (tmp_path / "output").read_bytes() and expected <= commands(demo_run.pid), 120)
+    until(
+        lambda: b"Running stage" in (tmp_path / "output").read_bytes() and expected <= commands(demo_run.pid),
+        PATIENCE_S,
+    )
     own = psutil.Process(demo_run.pid).children(recursive=True)
     demo_run.send_signal(signal.SIGINT)
     assert demo_run.wait(30) == 128 + signal.SIGINT
