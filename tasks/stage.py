@@ -92,8 +92,7 @@ def execute(
 def _ours(error: BaseException | None) -> Dense2MoEError | None:
     """The error of this project that `error` is or was caused by: Ray wraps those of its workers, once or more."""
     while error is not None:
-        # The context too: when MLflow fails while the stage's own error ends its run, the stage's own is what to tell.
-        cause = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        cause = getattr(error, "cause", None) or error.__cause__
         # Ray gives its wrapper the class of what it wraps, and the worker's traceback for a message.
         if isinstance(error, Dense2MoEError) and not hasattr(error, "cause"):
             return error
