@@ -24,6 +24,8 @@ SETTINGS = {
     # Two helper processes of Ray Train that a stage has no use for; each takes seconds to start on two cores.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    # Its controller is in the stage's process (`tasks.ray_train`), and would write its log among the stage's lines.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
 }
 """Environment of Ray, unless the user has set it otherwise."""
 

@@ -10,13 +10,12 @@ from typing import Any
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from moe_core.config import ComputeConfig
 from moe_core.errors import Dense2MoEError
 from tasks.phase import call, failure_in, leave_failure, take_failure
+from tasks.ray_train import Trainer
 
 
 def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: ComputeConfig) -> None:
@@ -39,7 +38,7 @@ def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: Comput
     resources = {"CPU": float(compute.cpus_per_worker)} | ({"GPU": 1.0} if compute.use_gpu else {})
     # Ray Train keeps notes of a run for resuming; ours do that, so each of Ray's runs has a name that never comes again.
     storage = folder / "ray"
-    trainer = _Trainer(
+    trainer = Trainer(
         _work,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -60,21 +59,6 @@ def workers(entry: str, arguments: dict[str, Any], folder: Path, compute: Comput
         raise
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-
-
-class _Trainer(ray.train.torch.TorchTrainer):
-    """Without two helpers, each an actor in a process of its own.
-
-    - The watcher that frees the workers' placement group when Ray Train's controller dies: it asks Ray's dashboard, which a
-      private Ray and a run's own do not have, and then holds up the end of every training by its timeout of 12 s. Here a
-      dead controller ends the stage, and with the stage's job go its placement groups.
-    - The manager of Ray datasets: the workers read their shards themselves. Starting it takes three seconds of two cores.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        made: list[Any] = super()._create_default_callbacks()
-        left_out = (PlacementGroupCleanerCallback, DatasetsCallback)
-        return [callback for callback in made if not isinstance(callback, left_out)]
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -229,10 +229,10 @@ def test_gallery_takes_the_kinds_in_turn(root: Path) -> None:
 def test_gallery_repeats_no_prompt_while_there_are_others(root: Path) -> None:
     inputs = load(root, made.params(), EMPTY)
     pictures = inputs.pictures["teacher"]
-    same = [dataclasses.replace(p, prompt="a red digit 0") if i < 6 else p for i, p in enumerate(pictures)]
+    same = [p.model_copy(update={"prompt": "a red digit 0"}) if i < 4 else p for i, p in enumerate(pictures)]
     shown = chosen(dataclasses.replace(inputs, pictures={**inputs.pictures, "teacher": same}))
     assert [same[i].prompt for i in shown].count("a red digit 0") == 1
-    everything = [dataclasses.replace(p, prompt="a red digit 0") for p in pictures]
+    everything = [p.model_copy(update={"prompt": "a red digit 0"}) for p in pictures]
     assert len(chosen(dataclasses.replace(inputs, pictures={**inputs.pictures, "teacher": everything}))) == len(shown)
 
 
