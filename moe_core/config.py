@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moe_core.config_agreement import check_blocks, check_widths
 from moe_core.errors import ConfigError
 
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -26,6 +27,16 @@ ComputingStage = Literal[
 """The stages that take from `compute`."""
 
 Kind = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+
+
+Part = Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "all"]
+"""Parts of a student, as `kd.*.train` names them."""
+
+NOT_YET: Mapping[str, set[str]] = {
+    "shared_expert": {"experts", "router", "group_blocks", "block_router"},
+    "moe": {"group_blocks", "block_router"},
+}
+"""Parts that a stage's student does not have: they come with a later stage."""
 
 
 class Section(BaseModel):
@@ -99,6 +110,20 @@ class VAEConfig(Section):
     mid_block_attention: bool = Field(True, description="attention at the VAE's lowest resolution, as FLUX's has")
     kl_weight: float = Field(1e-6, ge=0)
 
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent pixel."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> VAEConfig:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels has {channels}; it must be a multiple of norm_num_groups, which is {self.norm_num_groups}"
+                )
+        return self
+
 
 class TextConfig(Section):
     """The small T5 (token features) and CLIP (pooled vector) encoders."""
@@ -108,6 +133,14 @@ class TextConfig(Section):
     num_heads: int = Field(gt=0)
     max_sequence_length: int = Field(gt=0, description="T5 tokens a prompt")
     context_words: int = Field(3, gt=0, description="how far to either side a T5 token learns to tell its neighbours")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> TextConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must be a multiple of num_heads, which is {self.num_heads}"
+            )
+        return self
 
 
 class TeacherTrainingConfig(Section):
@@ -144,6 +177,11 @@ class ModelConfig(Section):
                 raise ValueError(f"source is 'train'; then {', '.join(missing)} must be given")
         elif not self.path:
             raise ValueError(f"source is '{self.source}'; then path must be given")
+        if self.vae is not None and self.resolution % (self.vae.factor * LATENT_PATCH):
+            raise ValueError(
+                f"resolution is {self.resolution}; it must be a multiple of {self.vae.factor * LATENT_PATCH}: the VAE's"
+                f" factor {self.vae.factor} times the patch of {LATENT_PATCH}"
+            )
         return self
 
 
@@ -189,6 +227,12 @@ class DataConfig(Section):
     def _complete(self) -> DataConfig:
         if self.kind == "embedded" and self.embedded is None:
             raise ValueError("kind is 'embedded'; then embedded must be given")
+        kept = self.shard.validation_samples + self.shard.calibration_samples
+        if self.embedded is not None and self.embedded.samples <= kept:
+            raise ValueError(
+                f"embedded.samples is {self.embedded.samples}; shard.validation_samples + shard.calibration_samples ="
+                f" {kept} leave none to train on"
+            )
         if self.kind == "webdataset" and not self.path:
             raise ValueError("kind is 'webdataset'; then path must be given")
         if self.kind == "webdataset" and self.embedded is not None:
@@ -238,6 +282,8 @@ class MoBGroupsConfig(Section):
 
     @model_validator(mode="after")
     def _sane(self) -> MoBGroupsConfig:
+        if self.groups and self.blocks is not None:
+            raise ValueError(f"groups is {self.groups} and blocks are written out; one of both must be left out")
         if self.groups and self.size < 2:
             raise ValueError(f"groups is {self.groups}; then size must be at least 2, not {self.size}")
         seen: set[int] = set()
@@ -277,9 +323,7 @@ class KDStageConfig(Section):
     optimizer: OptimizerConfig
     lambda_feature: float = Field(1.0, ge=0)
     lambda_balance: float = Field(1e-2, ge=0)
-    train: tuple[Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "all"], ...] = (
-        Field(min_length=1, description="parts of the student whose weights change")
-    )
+    train: tuple[Part, ...] = Field(min_length=1, description="parts of the student whose weights change")
     gradient_checkpointing: bool = False
     validate_every: int = Field(gt=0)
 
@@ -296,6 +340,13 @@ class KDConfig(Section):
     shared_expert: KDStageConfig
     moe: KDStageConfig
     mob: KDStageConfig
+
+    @model_validator(mode="after")
+    def _parts_are_there(self) -> KDConfig:
+        for stage, missing in NOT_YET.items():
+            if absent := [part for part in getattr(self, stage).train if part in missing]:
+                raise ValueError(f"{stage}.train has {absent[0]}; the model of that stage has none yet")
+        return self
 
 
 class ClassifierConfig(Section):
@@ -314,7 +365,7 @@ class EvalConfig(Section):
     prompts: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="images a unit of work; fixed, so that results do not depend on workers")
     classifier: ClassifierConfig
-    latency_batch_sizes: tuple[int, ...] = (1,)
+    latency_batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((1,), min_length=1)
     latency_rounds: int = Field(gt=0)
     gallery: int = Field(8, gt=0, description="prompts in the report's same-noise gallery")
 
@@ -368,6 +419,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
+        if self.kd.validation_samples > self.data.shard.validation_samples:
+            raise ValueError(
+                f"kd.validation_samples is {self.kd.validation_samples}, but data.shard.validation_samples keeps only"
+                f" {self.data.shard.validation_samples}"
+            )
         if self.model.transformer is not None:
             check_blocks(
                 self.moe, self.mob, self.model.transformer.num_layers, self.model.transformer.num_single_layers
@@ -375,71 +431,6 @@ class Params(Section):
             width = self.model.transformer.num_attention_heads * self.model.transformer.attention_head_dim
             check_widths(self.moe, width)
         return self
-
-
-def check_widths(moe: MoEConfig, width: int) -> None:
-    """Raises ValueError unless every expert has a whole number of hidden units at model width `width`."""
-    for name in ("shared_ratio", "normal_ratio"):
-        value = getattr(moe, name) * width
-        if abs(value - round(value)) > 1e-6:
-            raise ValueError(
-                f"moe.{name} * width = {getattr(moe, name):g} * {width} = {value:g}; it must be a whole number"
-            )
-    if moe.conditioning_dim is not None and moe.conditioning_dim > width:
-        raise ValueError(
-            f"moe.conditioning_dim is {moe.conditioning_dim}; it must be at most the model's width, {width}"
-        )
-
-
-def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: int) -> None:
-    """Raises ValueError where block indices or groups do not fit a model of so many blocks."""
-    for index in moe.dense_double_blocks:
-        if not 0 <= index < num_double:
-            raise ValueError(
-                f"moe.dense_double_blocks has {index}, but the model's double blocks are 0 to {num_double - 1}"
-            )
-    models = {"teacher", "checkpoints/moe", *(f"checkpoints/mob/{level}" for level in mob.levels)}
-    for level, config in mob.levels.items():
-        if config.init not in models - {f"checkpoints/mob/{level}"}:
-            raise ValueError(
-                f"mob.levels.{level}.init is '{config.init}'; it must be one of {', '.join(sorted(models))}, and not itself"
-            )
-        dense = set(moe.dense_double_blocks)
-        if inside := [list(group) for group in config.double.blocks or () if dense & set(group)]:
-            raise ValueError(
-                f"mob.levels.{level}.double.blocks has {inside[0]}, but moe.dense_double_blocks keeps {sorted(dense)} dense;"
-                " no group may have one of them"
-            )
-        free = longest_run(num_double, dense)
-        if config.double.groups and config.double.blocks is None and config.double.size > free:
-            raise ValueError(
-                f"mob.levels.{level}.double: groups of {config.double.size} need as many consecutive blocks, but between"
-                f" those that moe.dense_double_blocks keeps dense there are at most {free}"
-            )
-        for kind, groups, count in (("double", config.double, num_double), ("single", config.single, num_single)):
-            where = f"mob.levels.{level}.{kind}"
-            if groups.groups * groups.size > count:
-                raise ValueError(
-                    f"{where}: {groups.groups} groups of {groups.size} need {groups.groups * groups.size} blocks;"
-                    f" the model has {count}"
-                )
-            for group in groups.blocks or ():
-                if group[-1] >= count or group[0] < 0:
-                    raise ValueError(
-                        f"{where}.blocks has {list(group)}, but the model's {kind} blocks are 0 to {count - 1}"
-                    )
-            for size in {len(g) for g in groups.blocks or ()} | ({groups.size} if groups.groups else set()):
-                if mob.active > size:
-                    raise ValueError(f"mob.active is {mob.active}, but {where} has groups of {size} blocks")
-
-
-def longest_run(count: int, without: set[int]) -> int:
-    """The most consecutive numbers below `count` that are not in `without`."""
-    longest = current = 0
-    for index in range(count):
-        current = 0 if index in without else current + 1
-        longest = max(longest, current)
-    return longest
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

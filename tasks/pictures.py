@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core.config import Params
+from moe_core.config import Params, ShardConfig
 from moe_core.data import embedded, splits, webdataset
 from moe_core.errors import DataError
-from tasks.places import SOURCE
 from tasks.source_files import tars_of
 
 
@@ -32,15 +31,14 @@ class Pictures:
 def load(root: Path, params: Params) -> Pictures:
     """Reads every tar. The splits are those of stage `shard`: what it keeps for validation or calibration is not trained on.
 
-    Raises DataError where no sample is left.
+    Raises DataError where no sample is left, or too many are broken: here already, before a teacher is trained on the rest.
     """
     config = params.data.shard
-    samples, decoded = _read(root, config.max_caption_chars, params.model.resolution)
-    split = splits.assign([s.key for s in samples], config.validation_samples, config.calibration_samples, params.seed)
+    keys, captions, decoded = _read(root, config, params.model.resolution)
+    split = splits.assign(keys, config.validation_samples, config.calibration_samples, params.seed)
     rows = {name: [i for i, own in enumerate(split) if own == name] for name in splits.SPLITS}
     if not rows["val"]:
         raise DataError("data.shard.validation_samples leaves no picture to validate the teacher on")
-    captions = [sample.caption for sample in samples]
     return Pictures(
         decoded[rows["train"]],
         [captions[i] for i in rows["train"]],
@@ -52,18 +50,17 @@ def load(root: Path, params: Params) -> Pictures:
 
 # The phases of a teacher run one after the other in the same worker.
 @functools.lru_cache(maxsize=1)
-def _read(root: Path, max_caption_chars: int, resolution: int) -> tuple[list[webdataset.Sample], Tensor]:
-    """The samples that stage `shard` keeps, in order, and their pictures."""
-    samples, decoded = [], []
+def _read(root: Path, config: ShardConfig, resolution: int) -> tuple[list[str], list[str], Tensor]:
+    """Keys, captions and pictures of the samples that stage `shard` keeps, in order."""
+    keys, captions, decoded, rejects = [], [], [], []
     for tar in tars_of(root):
-        for sample in webdataset.read_samples(tar, max_caption_chars, check_images=False):
-            if isinstance(sample, webdataset.Sample):
-                picture = webdataset.decode_or_reject(sample, resolution)
-                if not isinstance(picture, webdataset.Reject):
-                    samples.append(sample)
-                    decoded.append(picture)
-    if not samples:
-        raise DataError(
-            f"the tars of {root / SOURCE} hold no sample that can be read; stage shard says why each was rejected"
-        )
-    return samples, torch.from_numpy(np.stack(decoded))
+        for sample in webdataset.read_samples(tar, config.max_caption_chars, check_images=False):
+            found = webdataset.decode_or_reject(sample, resolution) if isinstance(sample, webdataset.Sample) else sample
+            if isinstance(found, webdataset.Reject):
+                rejects.append(found)
+            elif isinstance(sample, webdataset.Sample):
+                keys.append(sample.key)
+                captions.append(sample.caption)
+                decoded.append(found)
+    webdataset.check_rejects(len(keys), rejects, config.max_reject_share)
+    return keys, captions, torch.from_numpy(np.stack(decoded))

@@ -1,7 +1,7 @@
 """The report's plots, as SVG text that is the same for the same numbers.
 
 - Drawn on `Figure` objects without pyplot: no global state, no display.
-- Glyphs are paths and ids are salted, so that a plot looks and reads the same on every machine.
+- Glyphs are paths of matplotlib's own font and ids are salted, so that a plot looks and reads the same on every machine.
 - Block names are the teacher's: D3 image is the image branch's FFN of double block 3, S7 the single block 7.
 """
 
@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tasks.report_inputs import BlockChange, Inputs
@@ -30,8 +32,9 @@ PARTS = (
     *("#1f6f8b", "#78a9b8", "#d1603d", "#e8b04b", "#8a6fa8", "#93a35a"),
     *("#4d5a66", "#c98ba3", "#5fae9a", "#a9713f", "#b3bcc6"),
 )
+FONT = "report"
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -68,11 +71,21 @@ def draw(inputs: Inputs) -> dict[str, str]:
         "block_use": block_use,
     }
     # classic rc first: a user's matplotlibrc must not change the report
+    _register_font()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         figures = {name: plot(inputs) for name, plot in plots.items()}
         return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _register_font() -> None:
+    """Makes FONT the DejaVu Sans that comes with matplotlib: a machine's own may be another version, with other glyphs."""
+    if any(entry.name == FONT for entry in fontManager.ttflist):
+        return
+    for file, weight in (("DejaVuSans.ttf", "normal"), ("DejaVuSans-Bold.ttf", "bold")):
+        path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / file
+        fontManager.ttflist.append(FontEntry(fname=str(path), name=FONT, weight=weight, size="scalable"))
 
 
 def _svg(figure: Figure) -> str:

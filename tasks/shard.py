@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +22,6 @@ import ray.data
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_core.config import ShardConfig
 from moe_core.data import latents, splits, webdataset
 from moe_core.errors import DataError
 from tasks import outs
@@ -47,7 +45,7 @@ def shard(stage: Stage) -> None:
             chunks = _encode(stage, tars, parts)
             rejects = [webdataset.Reject(**reject) for chunk in chunks for reject in chunk["rejects"]]
             places = [(chunk["part"], row, key) for chunk in chunks for row, key in enumerate(chunk["keys"])]
-            _check(len(places), rejects, config)
+            webdataset.check_rejects(len(places), rejects, config.max_reject_share)
             names = splits.assign(
                 [key for _, _, key in places], config.validation_samples, config.calibration_samples, params.seed
             )
@@ -171,20 +169,6 @@ class _Encoder:
         return {"number": row["number"], "chunk": row["chunk"], "part": name, "keys": keys} | {
             key: row[key] for key in ("rejects", "error")
         }
-
-
-def _check(kept: int, rejects: list[webdataset.Reject], config: ShardConfig) -> None:
-    """Raises DataError where nothing or too little is left."""
-    counted = Counter(reject.reason for reject in rejects)
-    first = {reject.reason: reject.detail for reject in reversed(rejects)}
-    told = "; ".join(f"{reason}: {count}, the first: {first[reason]}" for reason, count in sorted(counted.items()))
-    if not kept:
-        raise DataError(f"the dataset is empty: 0 samples kept, {len(rejects)} rejected. {told}".rstrip())
-    if (share := len(rejects) / (kept + len(rejects))) > config.max_reject_share:
-        raise DataError(
-            f"{len(rejects)} of {kept + len(rejects)} samples are broken, a share of {share:.4f}; data.shard.max_reject_share allows"
-            f" {config.max_reject_share:g}. {told}"
-        )
 
 
 def _write(

@@ -110,11 +110,11 @@ def _execute(
     with contextlib.ExitStack() as stack:
         resume = stack.enter_context(ResumeFolder(main_checkout(root) / RESUME_ROOT, identity)) if resumable else None
         run = StageRun(root, identity, _earlier_run(resume))
-        if resume:
-            outs.write_text(resume.path / "mlflow_run", run.run_id)
         status = "FAILED"
         stage = Stage(name, root, params, identity, run, Progress(name), resume)
         try:
+            if resume:
+                outs.write_text(resume.path / "mlflow_run", run.run_id)
             run.tag(_circumstances(root))
             run.params({"seed": params.seed, **sections(params)})
             run.inputs()

@@ -139,9 +139,7 @@ class StageRun:
             self.client.log_batch(self.run_id, tags=items[first : first + SMALL_BATCH])
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Logs parameters under dotted names. On a resumed run they stand already, and are the same."""
-        if self.resumed:
-            return
+        """Logs parameters under dotted names. A resumed run may have them already: the same ones, which MLflow allows."""
         _log_params(self.client, self.run_id, flatten(values))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
@@ -179,7 +177,7 @@ class StageRun:
             )
             for path, md5 in self.identity.data().items()
         ]
-        if data and not self.resumed:
+        if data and not self.client.get_run(self.run_id).inputs.dataset_inputs:
             self.client.log_inputs(self.run_id, datasets=data)
 
     def image(self, name: str, picture: Image.Image) -> None:

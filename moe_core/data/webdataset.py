@@ -14,7 +14,8 @@ import itertools
 import json
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -114,6 +115,20 @@ def decode(sample: Sample, resolution: int) -> NDArray[np.uint8]:
     if isinstance(picture, Reject):
         raise DataError(picture.detail)
     return picture
+
+
+def check_rejects(kept: int, rejects: Sequence[Reject], max_share: float) -> None:
+    """Raises DataError where nothing is kept, or more than `max_share` of the samples is rejected: which reasons, and the first of each."""
+    counted = Counter(reject.reason for reject in rejects)
+    first = {reject.reason: reject.detail for reject in reversed(rejects)}
+    told = "; ".join(f"{reason}: {count}, the first: {first[reason]}" for reason, count in sorted(counted.items()))
+    if not kept:
+        raise DataError(f"the dataset is empty: 0 samples kept, {len(rejects)} rejected. {told}".rstrip())
+    if (share := len(rejects) / (kept + len(rejects))) > max_share:
+        raise DataError(
+            f"{len(rejects)} of {kept + len(rejects)} samples are broken, a share of {share:.4f}; data.shard.max_reject_share allows"
+            f" {max_share:g}. {told}"
+        )
 
 
 def decode_or_reject(sample: Sample, resolution: int | None) -> NDArray[np.uint8] | Reject:

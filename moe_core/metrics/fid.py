@@ -1,7 +1,7 @@
 """Frechet distance in the classifier's feature space, by torchmetrics.
 
 Inception's features say nothing of 16-pixel scenes; those of the digit classifier do. A picture's features: the mean
-over its four cells of [last hidden layer of the cell's ink, cell's mean colour], 67 numbers, so that a few hundred
+over its cells of [last hidden layer of the cell's ink, cell's mean colour], 67 numbers, so that a few hundred
 pictures determine the covariance.
 """
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pygtrie", "i
 PLUMBING = {
     "moe_core/errors.py": "messages",
     "moe_core/config.py": "checks values; every value that is used stands in params.yaml (tested below)",
+    "moe_core/config_agreement.py": "as moe_core/config.py",
     "moe_core/training.py": "a protocol: types alone",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",

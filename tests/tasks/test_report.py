@@ -7,11 +7,13 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 import pytest
+from matplotlib import font_manager
 
 from moe_core.errors import DataError
-from tasks import report, report_findings, report_table
+from tasks import report, report_figures, report_findings, report_table
 from tasks.report_gallery import chosen
 from tasks.report_inputs import load
 from tests.tasks import report_inputs_made as made
@@ -234,6 +236,12 @@ def test_gallery_repeats_no_prompt_while_there_are_others(root: Path) -> None:
     assert [same[i].prompt for i in shown].count("a red digit 0") == 1
     everything = [p.model_copy(update={"prompt": "a red digit 0"}) for p in pictures]
     assert len(chosen(dataclasses.replace(inputs, pictures={**inputs.pictures, "teacher": everything}))) == len(shown)
+
+
+def test_plots_are_drawn_in_the_font_that_comes_with_matplotlib(root: Path) -> None:
+    for weight in ("normal", "bold"):
+        found = font_manager.findfont(font_manager.FontProperties(family=report_figures.FONT, weight=weight))
+        assert Path(found).is_relative_to(matplotlib.get_data_path())
 
 
 def test_without_mob_levels_the_report_ends_at_l(root: Path) -> None:

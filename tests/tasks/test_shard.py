@@ -18,9 +18,8 @@ from PIL import Image
 from moe_core.config import Params, parse
 from moe_core.data import embedded
 from moe_core.data.latents import LatentDataset
-from moe_core.data.webdataset import Reject
 from moe_core.errors import DataError
-from tasks import shard, source, tracking
+from tasks import pictures, shard, source, tracking
 from tasks.fingerprint import Identity
 from tasks.places import SHARDS, SOURCE, TEACHER
 from tasks.progress import Progress
@@ -28,7 +27,6 @@ from tasks.source_files import LISTING
 from tasks.stage import Stage, _ours
 from tasks.tracking import StageRun
 from tests.moe_core.tiny_pipeline import tiny_pipeline
-from tests.tasks.imports import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
@@ -132,15 +130,16 @@ def test_what_is_broken_is_counted_by_reason_and_the_rest_is_kept(tars: Path, st
     assert sum(split["samples"] for split in manifest["splits"].values()) == SAMPLES + 1
 
 
-def test_too_much_that_is_broken_is_refused_with_the_reasons() -> None:
-    config = parse(Params, yaml.safe_load((ROOT / "params.yaml").read_text())).data.shard
-    rejects = [Reject(str(i), "broken_image", f"{i}: image of 3 bytes cannot be decoded") for i in range(2)]
-    told = r"2 of 152 samples are broken, a share of 0.0132; .*max_reject_share allows 0.01. broken_image: 2, the first: 0: image"
-    with pytest.raises(DataError, match=told):
-        shard._check(150, rejects, config)
-    with pytest.raises(DataError, match="the dataset is empty: 0 samples kept, 0 rejected"):
-        shard._check(0, [], config)
-    shard._check(250, rejects, config)
+def test_a_teacher_is_trained_on_the_rest_and_refuses_what_shard_would_refuse(
+    tars: Path, stage: Callable[..., Stage]
+) -> None:
+    made = stage()
+    found = pictures.load(made.root, made.params)
+    assert (len(found.train), len(found.train_captions), len(found.validation)) == (SAMPLES - 30, SAMPLES - 30, 20)
+    add(sorted(tars.glob("*.tar"))[0], one__png=b"no image", one__txt=b"a red one", two__png=png())
+    pictures._read.cache_clear()
+    with pytest.raises(DataError, match=r"2 of 152 samples are broken.*broken_image: 1.*missing_caption: 1"):
+        pictures.load(made.root, made.params)
 
 
 @pytest.mark.slow

@@ -1,0 +1,112 @@
+"""How long a cancelled run takes to end: from the request, as the UI's button sends it, until its last process is gone.
+
+    python -m benchmarks.cancel          writes benchmarks/results/cancel.json
+
+Cancelled is a run of the demo's pipeline in a checkout that has the demo's data, at a moment at which two evaluations
+and their Ray workers are alive (an evaluation parameter is changed, so that all of them run anew). Three such runs.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from flows import processes
+from flows.ray_head import free_port
+from flows.services import DEPLOYMENT_URL, Ports, Services
+from flows.workspace import Workspace, workspaces
+
+RESULTS = Path("benchmarks/results/cancel.json")
+ROUNDS = 3
+PATIENCE_S = 300.0
+ACTOR = "ray::Generator"
+"""Title of a process that makes pictures for an evaluation."""
+
+
+def until(done: Callable[[], bool], what: str) -> None:
+    """Waits; raises SystemExit if it takes too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{what}: not within {PATIENCE_S:g} s")
+        time.sleep(0.05)
+
+
+def below(workspace: Workspace) -> list[psutil.Process]:
+    """Every process of a run: those on record and what descends from them."""
+    found = {process.pid: process for process in processes.members(workspace.records)}
+    for process in list(found.values()):
+        try:
+            found |= {child.pid: child for child in process.children(recursive=True)}
+        except psutil.NoSuchProcess:
+            continue
+    return list(found.values())
+
+
+def actors(found: list[psutil.Process]) -> int:
+    """How many of these make pictures."""
+    count = 0
+    for process in found:
+        try:
+            count += ACTOR in " ".join(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return count
+
+
+def one_round(api: str, checkout: Path, batch_size: int) -> dict[str, float]:
+    """Triggers a run, cancels it in its midst, and waits for its end."""
+    deployment = httpx.get(f"{api}{DEPLOYMENT_URL}", timeout=30).raise_for_status().json()["id"]
+    given: dict[str, Any] = {"name": f"cancel-{batch_size}", "overrides": [f"eval.batch_size={batch_size}"]}
+    answer = httpx.post(
+        f"{api}/deployments/{deployment}/create_flow_run",
+        json={"parameters": given, "state": {"type": "SCHEDULED"}},
+        timeout=30,
+    )
+    flow_run = answer.raise_for_status().json()["id"]
+    found: list[psutil.Process] = []
+
+    def busy() -> bool:
+        nonlocal found
+        mine = [workspace for workspace, identifier in workspaces(checkout) if identifier == flow_run]
+        found = below(mine[0]) if mine else []
+        return actors(found) >= 2
+
+    until(busy, "two evaluations at once")
+    began = time.monotonic()
+    state = {"state": {"type": "CANCELLING"}}
+    httpx.post(f"{api}/flow_runs/{flow_run}/set_state", json=state, timeout=30).raise_for_status()
+    until(lambda: not any(process.is_running() and process.status() != "zombie" for process in found), "the end")
+    seconds = time.monotonic() - began
+    [mine] = [workspace for workspace, identifier in workspaces(checkout) if identifier == flow_run]
+    until(lambda: not below(mine), "an end without leftovers")
+    mine.remove()
+    return {"processes": len(found), "seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    """Serves the flow on a Prefect server of its own, cancels three runs, writes the times."""
+    checkout = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="d2m-cancel-") as folder:
+        services = Services(checkout, Ports(free_port(), 0, 0, 0), state=Path(folder))
+        try:
+            services.start_prefect()
+            services.wait_prefect()
+            services.start_serve({"PREFECT_API_URL": services.prefect_api})
+            services.wait_serve()
+            rounds = [one_round(services.prefect_api, checkout, 40 + i) for i in range(ROUNDS)]
+        finally:
+            services.down()
+    RESULTS.write_text(json.dumps(rounds, indent=2) + "\n")
+    print(json.dumps(rounds, indent=2))
+
+
+if __name__ == "__main__":
+    main()
