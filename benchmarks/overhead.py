@@ -21,23 +21,24 @@ import torch
 
 from flows import processes
 from flows.ray_head import RayHead
-from moe_core.config import ComputeConfig
 
 RESULTS = Path("benchmarks/results/overhead.json")
 ROUNDS = 3
-COMPUTE = ComputeConfig(num_workers=1, cpus_per_worker=1, checkpoint_every=1, log_every=1)
 
 IN_RAY = """
 import sys, time
 from pathlib import Path
-from benchmarks import overhead
-from tasks import cluster, launch
+from moe_core.config import ComputeConfig
+from tasks import cluster
+compute = ComputeConfig(num_workers=1, cpus_per_worker=1, checkpoint_every=1, log_every=1)
 began = time.monotonic()
-with cluster.connect("overhead", overhead.COMPUTE):
+from tasks import launch
+loaded = time.monotonic()
+with cluster.connect("overhead", compute):
     joined = time.monotonic()
-    launch.workers(sys.argv[1], {}, Path(sys.argv[2]), overhead.COMPUTE)
+    launch.workers(sys.argv[1], {}, Path(sys.argv[2]), compute)
     worked = time.monotonic()
-print("TIMES", joined - began, worked - joined)
+print("TIMES", loaded - began, joined - loaded, worked - joined)
 """
 
 MLFLOW = """
@@ -75,11 +76,12 @@ def one_round(env: dict[str, str], folder: str) -> dict[str, float]:
     alone, _ = timed("import tasks.moe_kd", env=env)
     tracking, _ = timed("pass", env=env)
     _, [mlflow] = timed(MLFLOW, env={**env, "MLFLOW_TRACKING_URI": f"sqlite:///{tempfile.mkdtemp(dir=folder)}/m.db"})
-    _, [join, empty] = timed(IN_RAY, "benchmarks.overhead:nothing", folder, env=env)
-    _, [_, loaded] = timed(IN_RAY, "benchmarks.overhead:imports", folder, env=env)
+    _, [launch, join, empty] = timed(IN_RAY, "benchmarks.overhead:nothing", folder, env=env)
+    _, [_, _, loaded] = timed(IN_RAY, "benchmarks.overhead:imports", folder, env=env)
     return {
         "driver: Python and imports": alone - tracking,
         "driver: MLflow run": mlflow,
+        "driver: torch and Ray Train": launch,
         "driver: join Ray": join,
         "Ray Train: start and end of a group of one worker that does nothing": empty,
         "worker: imports of diffusers and the stage": loaded - empty,
