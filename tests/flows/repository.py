@@ -31,6 +31,7 @@ COPIED = [
     "params.yaml",
     "moe_core/__init__.py",
     "moe_core/config.py",
+    "moe_core/config_agreement.py",
     "moe_core/errors.py",
     *(f"tasks/{name}.py" for name in ("__init__", "tracking", "curves", "fingerprint", "project", "outs")),
 ]
