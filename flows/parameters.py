@@ -24,11 +24,12 @@ OVERRIDE = r"^\+{0,2}[A-Za-z_][\w/-]*(\.[\w-]+)*=.*$"
 
 # The commit's own classes, not the checkout's: the commit may be an older one.
 _CHECK = """
-import sys, yaml
-from moe_core.config import Params, parse
+import sys
+from pathlib import Path
 from moe_core.errors import ConfigError
+from tasks.project import read_params
 try:
-    parse(Params, yaml.safe_load(open("params.yaml")))
+    read_params(Path.cwd())
 except ConfigError as error:
     sys.exit(str(error))
 """
@@ -53,6 +54,7 @@ def _is_preset(value: str) -> str:
 Experiment = Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)}), AfterValidator(_is_preset)]
 Override = Annotated[str, Field(pattern=OVERRIDE)]
 RunName = Annotated[str, Field(pattern=f"^$|{NAME}", max_length=80)]
+StageName = Annotated[str, Field(pattern=r"^\w+(@\w+)?$")]
 Commit = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w./~^@{}-]*$", max_length=200)]
 
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager
@@ -29,10 +29,10 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import artifacts, dag, processes, tracking
-from flows.parameters import Commit, Experiment, Override, RunName, compose
+from flows.parameters import Commit, Experiment, Override, RunName, StageName, compose
 from flows.ray_head import RayHead, tail
 from flows.workspace import RunFailed, Workspace, checkout_root, python_environment, uncommitted, workspaces
-from moe_core.errors import Dense2MoEError
+from moe_core.errors import ConfigError, Dense2MoEError
 from tasks.project import read_params
 
 PARALLEL_STAGES = 2
@@ -122,8 +122,11 @@ def _follow(file: Path, process: Any) -> Iterator[str]:
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(run: Run, stage: str, force: bool, stands: bool) -> State:
-    """One stage: ends as `Cached` if DVC finds it unchanged or in its run cache; `stands`: that it is unchanged is known."""
+def run_stage(run: Run, stage: str, force: bool, stands: bool, alone: bool) -> State:
+    """One stage: ends as `Cached` if DVC finds it unchanged or in its run cache.
+
+    `stands`: that it is unchanged is known; `alone`: nothing may run beside it, of other runs neither.
+    """
     log = get_run_logger()
     if run.stopping.is_set():
         return Cancelled(message="the run was ended before this stage began")
@@ -133,7 +136,10 @@ def run_stage(run: Run, stage: str, force: bool, stands: bool) -> State:
     if force or not dag.restorable(root, stage):
         run.join_ray()
     try:
-        ran = run.reproduce(stage, force, log)
+        with run.workspace.place(alone, run.stopping):
+            if run.stopping.is_set():
+                return Cancelled(message="the run was ended before this stage began")
+            ran = run.reproduce(stage, force, log)
     except RunFailed:
         if run.stopping.is_set():
             return Cancelled(message="the run was ended during this stage")
@@ -186,6 +192,7 @@ def pipeline(
     overrides: list[Override] = [],  # noqa: B006 a form needs the default as a value; pydantic copies it
     name: RunName = "",
     commit: Commit = "HEAD",
+    again: list[StageName] = [],  # noqa: B006 as above
 ) -> str:
     """Turns a dense diffusion transformer into the sparse levels L, M, S and XS, evaluates them, and writes the report.
 
@@ -196,6 +203,7 @@ def pipeline(
         overrides: Single parameters on top of the preset, each as key=value: moe.top_k=4, kd=scenes, seed=1.
         name: What the run and its experiment are called. Empty: made from the preset and the run's id.
         commit: Branch, tag or hash to run. Uncommitted files are not part of the run; its page lists them.
+        again: Stages to run although nothing that DVC knows of has changed: teacher, if the given folder has; latency.
     """
     log = get_run_logger()
     identifier = str(runtime.flow_run.id)
@@ -216,7 +224,7 @@ def pipeline(
         }
         with tracking.parent_run(workspace.path, workspace.name, about) as parent:
             with _opened(workspace, parent) as run:
-                cached = walk(run)
+                cached = walk(run, again)
             # DVC and MLflow each take seconds to load, and neither waits for the other.
             with ThreadPoolExecutor(1) as beside:
                 sealed = beside.submit(workspace.seal)
@@ -234,13 +242,17 @@ def pipeline(
     return workspace.name
 
 
-def walk(run: Run) -> list[str]:
-    """Runs every stage as soon as those before it are done; returns the cached ones, in the DAG's order.
+def walk(run: Run, again: Collection[str] = ()) -> list[str]:
+    """Runs every stage as soon as those before it are done, those in `again` in any case; returns the cached ones, in the DAG's order.
 
-    Raises RunFailed after the first failure, when the stages that ran beside it are over; their work is kept.
+    Raises ConfigError for a name in `again` that is no stage, RunFailed after the first failure, when the stages that ran beside
+    it are over; their work is kept.
     """
     stages = dag.read(run.workspace.path)
-    force = {SOURCE_STAGE} if _own_data(run.workspace.path) else set()
+    names = [stage.name for stage in stages]
+    if unknown := [name for name in again if name not in names]:
+        raise ConfigError(f"again has {unknown[0]}; the stages are {', '.join(names)}")
+    force = {*again, *({SOURCE_STAGE} if _own_data(run.workspace.path) else ())}
     standing = dag.standing(stages, force)
     waiting = {stage.name: stage for stage in stages}
     running: dict[PrefectConcurrentFuture[Any], dag.Stage] = {}
@@ -252,7 +264,8 @@ def walk(run: Run) -> list[str]:
             if failed or len(running) >= PARALLEL_STAGES or not alone or not stage.upstream <= done.keys():
                 continue
             name = stage.name
-            running[run_stage.submit(run, name, name in force, name in standing)] = waiting.pop(name)
+            submitted = run_stage.submit(run, name, name in force, name in standing, stage.exclusive)
+            running[submitted] = waiting.pop(name)
         if not running:
             break
         finished, _ = wait_for_any([future.wrapped_future for future in running], return_when=FIRST_COMPLETED)
@@ -286,10 +299,11 @@ def main() -> int:
     parser.add_argument("--experiment", default="demo")
     parser.add_argument("--name", default="")
     parser.add_argument("--commit", default="HEAD")
+    parser.add_argument("--again", action="append", default=[], metavar="STAGE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     try:
-        pipeline(given.experiment, given.overrides, given.name, given.commit)
+        pipeline(given.experiment, given.overrides, given.name, given.commit, given.again)
     except Dense2MoEError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,6 +163,18 @@ class Workspace:
         with self._repository_alone():
             self.dvc("exp", "remove", self.name)
 
+    @contextmanager
+    def place(self, alone: bool, stopping: threading.Event) -> Iterator[None]:
+        """Inside, a stage may run: beside those of other runs of this checkout, or alone; waits for that until `stopping`.
+
+        Who wants to be alone closes the gate first, so that no stage that begins later keeps it waiting.
+        """
+        with (self.checkout / ".runs" / "place.lock").open("a") as lock:
+            with (self.checkout / ".runs" / "gate.lock").open("a") as gate:
+                _take(gate, fcntl.LOCK_EX, stopping)
+                _take(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, stopping)
+            yield
+
     def remove(self) -> None:
         """Removes worktree and state: the run is over, and well."""
         self._remove_worktree()
@@ -197,6 +210,15 @@ class Workspace:
             theirs.update(_plain(ours.load_one("local")))
             theirs["cache"]["dir"] = cache
             theirs["cache"]["type"] = LINK_TYPES
+
+
+def _take(lock: IO[str], kind: int, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            stopping.wait(processes.POLL_S)
 
 
 def workspaces(checkout: Path) -> Iterator[tuple[Workspace, str]]:

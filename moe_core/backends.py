@@ -74,7 +74,7 @@ class _Order(NamedTuple):
     pair_N: Tensor  # sorted row -> flat position in [T, K]
     row_N: Tensor  # flat position in [T, K] -> sorted row
     expert_N: Tensor  # the expert of each sorted row
-    counts_E: Tensor  # rows of each expert
+    ends_E: Tensor  # where each expert's rows end
 
 
 def _sort(indices_TK: Tensor, num_experts: int) -> _Order:
@@ -83,7 +83,9 @@ def _sort(indices_TK: Tensor, num_experts: int) -> _Order:
     expert_N, pair_N = flat_N.sort(stable=True)
     row_N = torch.empty_like(pair_N)
     row_N[pair_N] = torch.arange(len(pair_N), device=pair_N.device)
-    return _Order(pair_N, row_N, expert_N, torch.bincount(flat_N, minlength=num_experts))
+    # Not by bincount, which waits for the device to learn the size of its result.
+    ends_E = torch.searchsorted(expert_N, torch.arange(num_experts, device=expert_N.device), right=True)
+    return _Order(pair_N, row_N, expert_N, ends_E)
 
 
 class _Gather(torch.autograd.Function):
@@ -115,7 +117,7 @@ def _loop(x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1
     order = _sort(indices_TK, len(w1_EFD))
     x_ND = _Gather.apply(x_TD, order.pair_N, order.row_N, indices_TK.shape[1])
     outputs = []
-    for x_nD, w1_FD, b1_F, w2_DF in zip(x_ND.split(order.counts_E.tolist()), w1_EFD, b1_EF, w2_EDF):
+    for x_nD, w1_FD, b1_F, w2_DF in zip(x_ND.tensor_split(order.ends_E[:-1].tolist()), w1_EFD, b1_EF, w2_EDF):
         outputs.append(F.linear(F.gelu(F.linear(x_nD, w1_FD, b1_F), approximate="tanh"), w2_DF))
     return _combine(torch.cat(outputs), order, gates_TK)
 
@@ -127,7 +129,7 @@ def _grouped_mm(
     if fault:
         raise ConfigError(f"expert backend 'grouped_mm' cannot be used: {fault}")
     order = _sort(indices_TK, len(w1_EFD))
-    offsets_E = order.counts_E.cumsum(0).to(torch.int32)
+    offsets_E = order.ends_E.to(torch.int32)
     x_ND = _Gather.apply(x_TD, order.pair_N, order.row_N, indices_TK.shape[1])
     h_NF = F.grouped_mm(x_ND, w1_EFD.transpose(1, 2), offs=offsets_E) + _bias(order.expert_N, b1_EF)
     y_ND = F.grouped_mm(F.gelu(h_NF, approximate="tanh"), w2_EDF.transpose(1, 2), offs=offsets_E)

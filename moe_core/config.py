@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moe_core.config_agreement import check_blocks, check_widths
+from moe_core.config_agreement import check_blocks, check_levels, check_samples, check_widths, check_workers
 from moe_core.errors import ConfigError
 
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -167,7 +167,15 @@ class ModelConfig(Section):
     resolution: int = Field(gt=0, description="side of the square image, pixels")
     guidance_scale: float = Field(3.5, gt=0)
     num_inference_steps: int = Field(gt=0)
-    max_sequence_length: int = Field(512, gt=0)
+    max_sequence_length: int = Field(512, gt=0, description="T5 tokens a prompt, in training and sampling")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_says_what_it_is(cls, values: Any) -> Any:
+        # A preset describes the teacher that it trains. Of a given one its own files say all that.
+        if isinstance(values, Mapping) and values.get("source") in ("folder", "hub"):
+            return {**values, **dict.fromkeys(("transformer", "vae", "text", "training"))}
+        return values
 
     @model_validator(mode="after")
     def _complete(self) -> ModelConfig:
@@ -181,6 +189,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"resolution is {self.resolution}; it must be a multiple of {self.vae.factor * LATENT_PATCH}: the VAE's"
                 f" factor {self.vae.factor} times the patch of {LATENT_PATCH}"
+            )
+        if self.text is not None and self.max_sequence_length > self.text.max_sequence_length:
+            raise ValueError(
+                f"max_sequence_length is {self.max_sequence_length}; it must be at most text.max_sequence_length,"
+                f" which is {self.text.max_sequence_length}"
             )
         return self
 
@@ -362,7 +375,7 @@ class ClassifierConfig(Section):
 class EvalConfig(Section):
     """What is generated and measured."""
 
-    prompts: int = Field(gt=0)
+    prompts: int = Field(gt=1, description="two at least: of one picture there is no covariance, hence no FID")
     batch_size: int = Field(gt=0, description="images a unit of work; fixed, so that results do not depend on workers")
     classifier: ClassifierConfig
     latency_batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((1,), min_length=1)
@@ -419,17 +432,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
-        if self.kd.validation_samples > self.data.shard.validation_samples:
-            raise ValueError(
-                f"kd.validation_samples is {self.kd.validation_samples}, but data.shard.validation_samples keeps only"
-                f" {self.data.shard.validation_samples}"
-            )
+        check_levels(self.mob)
+        check_samples(self)
+        check_workers(self)
         if self.model.transformer is not None:
-            check_blocks(
-                self.moe, self.mob, self.model.transformer.num_layers, self.model.transformer.num_single_layers
-            )
-            width = self.model.transformer.num_attention_heads * self.model.transformer.attention_head_dim
-            check_widths(self.moe, width)
+            shape = self.model.transformer
+            check_blocks(self.moe, self.mob, shape.num_layers, shape.num_single_layers)
+            check_widths(self.moe, shape.num_attention_heads * shape.attention_head_dim)
         return self
 
 

@@ -1,15 +1,33 @@
-"""Whether sections of the parameters agree with each other: called by `moe_core.config`, before any work."""
+"""Whether sections of the parameters agree with each other, and with the model: looked at before any work.
+
+Each function raises ValueError that names the parameters, their values and the rule; `moe_core.config` calls them.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_core.errors import ConfigError
+
 if TYPE_CHECKING:
-    from moe_core.config import MoBConfig, MoEConfig
+    from moe_core.config import MoBConfig, MoEConfig, Params
+
+LEVELS = ("M", "S", "XS")
+"""The levels that dvc.yaml evaluates, times and reports."""
+
+FLUX_RATIO = 4.0
+"""Hidden width of FLUX's FFNs over its width."""
+
+DIGIT_PIXELS = 8
+"""Side of the embedded data's digits."""
 
 
 def check_widths(moe: MoEConfig, width: int) -> None:
-    """Raises ValueError unless every expert has a whole number of hidden units at model width `width`."""
+    """Every expert must have a whole number of hidden units at model width `width`, and all of them the dense FFN's."""
+    if moe.expansion_ratio != FLUX_RATIO:
+        raise ValueError(f"moe.expansion_ratio is {moe.expansion_ratio:g}; the FFNs of FLUX have {FLUX_RATIO:g}")
     for name in ("shared_ratio", "normal_ratio"):
         value = getattr(moe, name) * width
         if abs(value - round(value)) > 1e-6:
@@ -22,37 +40,58 @@ def check_widths(moe: MoEConfig, width: int) -> None:
         )
 
 
-def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: int) -> None:
-    """Raises ValueError where block indices or groups do not fit a model of so many blocks."""
-    for index in moe.dense_double_blocks:
-        if not 0 <= index < num_double:
-            raise ValueError(
-                f"moe.dense_double_blocks has {index}, but the model's double blocks are 0 to {num_double - 1}"
-            )
+def check_levels(mob: MoBConfig) -> None:
+    """Levels must be those of dvc.yaml; one that starts from another keeps that one's groups."""
+    if sorted(mob.levels) != sorted(LEVELS):
+        raise ValueError(
+            f"mob.levels has {', '.join(mob.levels) or 'none'}; it must have {', '.join(LEVELS)}, as dvc.yaml evaluates them"
+        )
     models = {"teacher", "checkpoints/moe", *(f"checkpoints/mob/{level}" for level in mob.levels)}
     for level, config in mob.levels.items():
         if config.init not in models - {f"checkpoints/mob/{level}"}:
             raise ValueError(
                 f"mob.levels.{level}.init is '{config.init}'; it must be one of {', '.join(sorted(models))}, and not itself"
             )
-        dense = set(moe.dense_double_blocks)
+        start = config.init.removeprefix("checkpoints/mob/")
+        if start not in mob.levels:
+            continue
+        for kind in ("double", "single"):
+            own, kept = getattr(config, kind), getattr(mob.levels[start], kind)
+            where, there = f"mob.levels.{level}.{kind}", f"level {start}, from which it starts,"
+            if own.blocks is not None:
+                if lost := [list(group) for group in kept.blocks or () if group not in own.blocks]:
+                    raise ValueError(f"{where}.blocks lacks {lost[0]}, a group of {there} which stays")
+            elif own.groups < (count := kept.groups or len(kept.blocks or ())):
+                raise ValueError(f"{where}.groups is {own.groups}, but {there} has {count}, and they stay")
+            elif kept.groups and own.size != kept.size:
+                raise ValueError(
+                    f"{where}.size is {own.size}, but the groups of {there} have {kept.size}, and they stay"
+                )
+
+
+def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: int) -> None:
+    """Block indices and groups must fit a model of so many blocks."""
+    for index in moe.dense_double_blocks:
+        if not 0 <= index < num_double:
+            raise ValueError(
+                f"moe.dense_double_blocks has {index}, but the model's double blocks are 0 to {num_double - 1}"
+            )
+    dense = set(moe.dense_double_blocks)
+    for level, config in mob.levels.items():
         if inside := [list(group) for group in config.double.blocks or () if dense & set(group)]:
             raise ValueError(
                 f"mob.levels.{level}.double.blocks has {inside[0]}, but moe.dense_double_blocks keeps {sorted(dense)} dense;"
                 " no group may have one of them"
             )
-        free = longest_run(num_double, dense)
-        if config.double.groups and config.double.blocks is None and config.double.size > free:
-            raise ValueError(
-                f"mob.levels.{level}.double: groups of {config.double.size} need as many consecutive blocks, but between"
-                f" those that moe.dense_double_blocks keeps dense there are at most {free}"
-            )
-        for kind, groups, count in (("double", config.double, num_double), ("single", config.single, num_single)):
+        for kind, groups, count, taken in (
+            ("double", config.double, num_double, dense),
+            ("single", config.single, num_single, set()),
+        ):
             where = f"mob.levels.{level}.{kind}"
-            if groups.groups * groups.size > count:
+            if groups.groups and (room := windows(count, groups.size, taken)) < groups.groups:
                 raise ValueError(
-                    f"{where}: {groups.groups} groups of {groups.size} need {groups.groups * groups.size} blocks;"
-                    f" the model has {count}"
+                    f"{where}: {groups.groups} groups of {groups.size} consecutive blocks do not fit: there is room for {room}"
+                    f" among {count} blocks" + (f", of which {sorted(taken)} stay dense" if taken else "")
                 )
             for group in groups.blocks or ():
                 if group[-1] >= count or group[0] < 0:
@@ -64,10 +103,63 @@ def check_blocks(moe: MoEConfig, mob: MoBConfig, num_double: int, num_single: in
                     raise ValueError(f"mob.active is {mob.active}, but {where} has groups of {size} blocks")
 
 
-def longest_run(count: int, without: set[int]) -> int:
-    """The most consecutive numbers below `count` that are not in `without`."""
-    longest = current = 0
+def windows(count: int, size: int, without: set[int]) -> int:
+    """How many disjoint runs of `size` consecutive numbers below `count` avoid those in `without`."""
+    found = run = 0
     for index in range(count):
-        current = 0 if index in without else current + 1
-        longest = max(longest, current)
-    return longest
+        run = 0 if index in without else run + 1
+        if run == size:
+            found, run = found + 1, 0
+    return found
+
+
+def check_samples(params: Params) -> None:
+    """There must be as many samples and pixels as are asked for."""
+    shard, embedded = params.data.shard, params.data.embedded
+    if params.kd.validation_samples > shard.validation_samples:
+        raise ValueError(
+            f"kd.validation_samples is {params.kd.validation_samples}, but data.shard.validation_samples keeps only"
+            f" {shard.validation_samples}"
+        )
+    if embedded is not None and params.model.resolution % (unit := embedded.grid * DIGIT_PIXELS):
+        raise ValueError(
+            f"model.resolution is {params.model.resolution}; with data.embedded.grid {embedded.grid} it must be a multiple of {unit}"
+        )
+
+
+def check_workers(params: Params) -> None:
+    """Every worker must get an equal part of a batch."""
+    batches = [
+        ("shared_expert_kd", "kd.shared_expert.optimizer", params.kd.shared_expert.optimizer),
+        ("moe_kd", "kd.moe.optimizer", params.kd.moe.optimizer),
+        ("mob_kd", "kd.mob.optimizer", params.kd.mob.optimizer),
+    ]
+    if (training := params.model.training) is not None:
+        batches += [
+            ("teacher", f"model.training.{name}", getattr(training, name)) for name in ("vae", "text", "transformer")
+        ]
+    for stage, where, optimizer in batches:
+        workers = params.compute.of(stage).num_workers
+        if workers and optimizer.batch_size % workers:
+            raise ValueError(
+                f"{where}.batch_size is {optimizer.batch_size}; it must be a multiple of the {workers} workers of {stage}"
+                " (compute.num_workers)"
+            )
+
+
+def check_teacher(folder: Path, moe: MoEConfig, mob: MoBConfig) -> None:
+    """A given teacher, a diffusers pipeline folder, must be a FLUX that these sections fit; raises ConfigError, with the file."""
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"model.path is {folder}, but {folder / 'model_index.json'} does not exist; it must be a diffusers pipeline folder"
+        )
+    file = folder / "transformer" / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name = config.get("_class_name")
+        if name != "FluxTransformer2DModel":
+            raise ValueError(f"describes a {name}, not a FluxTransformer2DModel")
+        check_blocks(moe, mob, int(config["num_layers"]), int(config["num_single_layers"]))
+        check_widths(moe, int(config["num_attention_heads"]) * int(config["attention_head_dim"]))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{file}: {error}") from error

@@ -83,11 +83,12 @@ def generate(
     resolution: int,
     num_inference_steps: int,
     guidance_scale: float,
+    max_sequence_length: int,
 ) -> NDArray[np.uint8]:
     """Pictures uint8 [B, resolution, resolution, 3] of prompts, from the noise of their numbers, in one call."""
     if len(prompts) != len(numbers):
         raise ValueError(f"{len(prompts)} prompts and {len(numbers)} numbers; each prompt needs its number")
-    text, pooled, _ = encode_prompts(pipeline, prompts)
+    text, pooled, _ = encode_prompts(pipeline, prompts, max_sequence_length)
     pictures = pipeline(
         prompt_embeds=text,
         pooled_prompt_embeds=pooled,
@@ -108,11 +109,12 @@ def prepare_batch(
     drawn: Tensor,
     sigma: Tensor,
     guidance_scale: float,
+    max_sequence_length: int,
 ) -> KDBatch:
     """Inputs of a distillation step, on the pipeline's device; latents and noise [B, C, h, w], sigma [B]."""
     count, channels, height, width = latents.shape
     device = pipeline.device
-    text, pooled, text_ids = encode_prompts(pipeline, captions)
+    text, pooled, text_ids = encode_prompts(pipeline, captions, max_sequence_length)
     guidance = (
         torch.full((count,), guidance_scale, device=device) if pipeline.transformer.config.guidance_embeds else None
     )
@@ -134,17 +136,17 @@ class _PromptCache:
     """Encoded prompts of one pipeline, the least recently used dropped first."""
 
     def __init__(self) -> None:
-        self.entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self.entries: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
         self.bytes = 0
 
-    def get(self, caption: str) -> tuple[Tensor, Tensor] | None:
-        found = self.entries.get(caption)
+    def get(self, caption: str, length: int) -> tuple[Tensor, Tensor] | None:
+        found = self.entries.get((caption, length))
         if found is not None:
-            self.entries.move_to_end(caption)
+            self.entries.move_to_end((caption, length))
         return found
 
-    def put(self, caption: str, text: Tensor, pooled: Tensor) -> None:
-        self.entries[caption] = (text, pooled)
+    def put(self, caption: str, length: int, text: Tensor, pooled: Tensor) -> None:
+        self.entries[caption, length] = (text, pooled)
         self.bytes += text.nbytes + pooled.nbytes
         while self.bytes > CACHE_BYTES and len(self.entries) > 1:
             _, dropped = self.entries.popitem(last=False)
@@ -154,23 +156,30 @@ class _PromptCache:
 _CACHES: WeakKeyDictionary[FluxPipeline, _PromptCache] = WeakKeyDictionary()
 
 
+def text_length(pipeline: FluxPipeline, max_sequence_length: int) -> int:
+    """T5 tokens of a prompt: as many as asked for, if the tokenizer and FluxPipeline take so many."""
+    return min(max_sequence_length, pipeline.tokenizer_2.model_max_length, _MAX_T5_TOKENS)
+
+
 @torch.no_grad()
-def encode_prompts(pipeline: FluxPipeline, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def encode_prompts(
+    pipeline: FluxPipeline, captions: Sequence[str], max_sequence_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """T5 features [B, T, D], CLIP's pooled vectors [B, P] and text ids [T, 3], by FluxPipeline's own encoding.
 
-    Kept by caption while the pipeline lives; its text encoders must not change meanwhile.
+    T is `text_length`. Kept by caption while the pipeline lives; its text encoders must not change meanwhile.
     """
     cache = _CACHES.setdefault(pipeline, _PromptCache())
-    length = min(pipeline.tokenizer_2.model_max_length, _MAX_T5_TOKENS)
+    length = text_length(pipeline, max_sequence_length)
     texts, pooled = [], []
     for caption in captions:
-        entry = cache.get(caption)
+        entry = cache.get(caption, length)
         if entry is None:
             text, vector, _ = pipeline.encode_prompt(
                 prompt=caption, prompt_2=None, device=pipeline.device, max_sequence_length=length
             )
             entry = (text[0], vector[0])
-            cache.put(caption, *entry)
+            cache.put(caption, length, *entry)
         texts.append(entry[0])
         pooled.append(entry[1])
     text = torch.stack(texts)

@@ -33,19 +33,12 @@ def build_pipeline(model: ModelConfig, vocabulary: Iterable[str], seed: int) -> 
     """A FluxPipeline of this configuration, randomly initialised from `seed`; the caller's random state is left as it
     was.
 
-    `vocabulary`: captions whose words become tokens of their own. Raises ConfigError if a section is missing or the
-    sizes do not fit.
+    `vocabulary`: captions whose words become tokens of their own. Raises ConfigError if a section is missing.
     """
     if model.transformer is None or model.vae is None or model.text is None:
         raise ConfigError(
             f"model '{model.name}' has source '{model.source}';"
             " only a model with transformer, vae and text sections can be built"
-        )
-    factor = 2 ** (len(model.vae.block_out_channels) - 1) * LATENT_PATCH
-    if model.resolution % factor:
-        raise ConfigError(
-            f"model.resolution is {model.resolution};"
-            f" it must be a multiple of {factor}, the VAE's factor times the {LATENT_PATCH} of packing"
         )
     captions = list(vocabulary)
     with torch.random.fork_rng(devices=[]):

@@ -23,4 +23,7 @@ def make_batch(
     """Rows of a split with the noise of these positions, on the pipeline's device."""
     latents, captions = data.get(rows)
     drawn, sigma = noise.draw(seed, positions, tuple(latents.shape[1:]), params.kd.timesteps)
-    return sampling.prepare_batch(pipeline, latents, captions, drawn, sigma, params.model.guidance_scale)
+    model = params.model
+    return sampling.prepare_batch(
+        pipeline, latents, captions, drawn, sigma, model.guidance_scale, model.max_sequence_length
+    )

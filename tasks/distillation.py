@@ -35,4 +35,4 @@ def distil(
         **{f"before_{name}": value for name, value in first.values.items()},
     }
     stage.summary(metrics, **describe(stage.root / checkpoint))
-    stage.run.model(stage.file_name, stage.root / checkpoint, metrics)
+    stage.run.model(stage.file_name, checkpoint, metrics)

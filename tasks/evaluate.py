@@ -144,18 +144,5 @@ def _sheet(images: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.concatenate(list(images), axis=1))
 
 
-def sections(params: Params) -> dict[str, Any]:
-    """The parameters that the stage uses."""
-    model = params.model
-    return {
-        "eval": params.eval.model_dump(include={"batch_size"}),
-        "model": {
-            "guidance_scale": model.guidance_scale,
-            "num_inference_steps": model.num_inference_steps,
-            "resolution": model.resolution,
-        },
-    }
-
-
 if __name__ == "__main__":
-    execute(f"evaluate@{sys.argv[1]}", partial(evaluate, sys.argv[1], Path(sys.argv[2])), sections)
+    execute(f"evaluate@{sys.argv[1]}", partial(evaluate, sys.argv[1], Path(sys.argv[2])))

@@ -37,8 +37,4 @@ def evaluator(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    execute(
-        "evaluator",
-        evaluator,
-        lambda p: {"data.embedded": p.data.model_dump()["embedded"], "eval.classifier": p.eval.classifier.model_dump()},
-    )
+    execute("evaluator", evaluator)

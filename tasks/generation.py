@@ -74,6 +74,7 @@ class Generator:
                 resolution=model.resolution,
                 num_inference_steps=model.num_inference_steps,
                 guidance_scale=model.guidance_scale,
+                max_sequence_length=model.max_sequence_length,
             )
         return Pictures(images, use.experts, use.blocks)
 
@@ -93,11 +94,11 @@ class Generator:
         """Parameters, and FLOPs of one call for one picture."""
         from dataclasses import asdict
 
-        from moe_core import accounting
+        from moe_core import accounting, sampling
 
         counts = accounting.count(self.pipeline.transformer)
         side = self.params.model.resolution // (self.pipeline.vae_scale_factor * LATENT_PATCH)
-        text = min(self.pipeline.tokenizer_2.model_max_length, self.params.model.max_sequence_length)
+        text = sampling.text_length(self.pipeline, self.params.model.max_sequence_length)
         params = asdict(counts) | {
             "by_module": {name: round(module.activated) for name, module in counts.by_module.items()}
         }

@@ -91,12 +91,5 @@ def merge(units: Path, out: Path) -> tuple[int, float]:
     return samples, loss
 
 
-def sections(params: Params) -> dict[str, Any]:
-    """The parameters that the stage uses."""
-    return {
-        "kd": {"timesteps": params.kd.timesteps.model_dump(), "importance_batch_size": params.kd.importance_batch_size}
-    }
-
-
 if __name__ == "__main__":
-    execute("importance", importance, sections, resumable=True)
+    execute("importance", importance, resumable=True)

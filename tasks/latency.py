@@ -84,6 +84,7 @@ def _time(pipeline: FluxPipeline, prompts: list[str], params: Params, device: to
         resolution=model.resolution,
         num_inference_steps=model.num_inference_steps,
         guidance_scale=model.guidance_scale,
+        max_sequence_length=model.max_sequence_length,
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -91,6 +92,4 @@ def _time(pipeline: FluxPipeline, prompts: list[str], params: Params, device: to
 
 
 if __name__ == "__main__":
-    execute(
-        "latency", latency, lambda p: {"eval": p.eval.model_dump(include={"latency_batch_sizes", "latency_rounds"})}
-    )
+    execute("latency", latency)

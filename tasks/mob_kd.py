@@ -52,16 +52,5 @@ def build(device: torch.device, root: str, params: dict[str, Any], level: str) -
     return KDTrainee(pipeline, grouped, config.kd.mob, config, place, f"mob_kd-{level}", device)
 
 
-def sections(level: str, params: Params) -> dict[str, Any]:
-    """The parameters that the stage uses."""
-    return {
-        "mob": {
-            **params.mob.model_dump(exclude={"levels"}),
-            "level": params.mob.levels[level].model_dump() if level in params.mob.levels else {},
-        },
-        "kd": {"timesteps": params.kd.timesteps.model_dump(), "mob": params.kd.mob.model_dump()},
-    }
-
-
 if __name__ == "__main__":
-    execute(f"mob_kd@{sys.argv[1]}", partial(mob_kd, sys.argv[1]), partial(sections, sys.argv[1]), resumable=True)
+    execute(f"mob_kd@{sys.argv[1]}", partial(mob_kd, sys.argv[1]), resumable=True)

@@ -42,17 +42,5 @@ def build(device: torch.device, root: str, params: dict[str, Any]) -> KDTrainee:
     return KDTrainee(pipeline, student, config.kd.moe, config, place, "moe_kd", device)
 
 
-def sections(params: Params) -> dict[str, Any]:
-    """The parameters that the stage uses."""
-    return {
-        "moe": params.moe.model_dump(),
-        "kd": {
-            "timesteps": params.kd.timesteps.model_dump(),
-            "joint": params.kd.joint,
-            "moe": params.kd.moe.model_dump(),
-        },
-    }
-
-
 if __name__ == "__main__":
-    execute("moe_kd", moe_kd, sections, resumable=True)
+    execute("moe_kd", moe_kd, resumable=True)

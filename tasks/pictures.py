@@ -53,7 +53,8 @@ def load(root: Path, params: Params) -> Pictures:
 def _read(root: Path, config: ShardConfig, resolution: int) -> tuple[list[str], list[str], Tensor]:
     """Keys, captions and pictures of the samples that stage `shard` keeps, in order."""
     keys, captions, decoded, rejects = [], [], [], []
-    for tar in tars_of(root):
+    tars = tars_of(root)
+    for tar in tars:
         for sample in webdataset.read_samples(tar, config.max_caption_chars, check_images=False):
             found = webdataset.decode_or_reject(sample, resolution) if isinstance(sample, webdataset.Sample) else sample
             if isinstance(found, webdataset.Reject):
@@ -62,5 +63,5 @@ def _read(root: Path, config: ShardConfig, resolution: int) -> tuple[list[str], 
                 keys.append(sample.key)
                 captions.append(sample.caption)
                 decoded.append(found)
-    webdataset.check_rejects(len(keys), rejects, config.max_reject_share)
+    webdataset.check_rejects(len(keys), rejects, len(tars), config.max_reject_share)
     return keys, captions, torch.from_numpy(np.stack(decoded))

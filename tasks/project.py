@@ -10,6 +10,7 @@ from typing import NamedTuple
 import yaml
 
 from moe_core.config import Params, parse
+from moe_core.config_agreement import check_teacher
 from moe_core.errors import ConfigError
 
 
@@ -50,7 +51,7 @@ def git_state(root: Path) -> GitState:
 
 
 def read_params(root: Path) -> Params:
-    """The validated `params.yaml` of `root`; raises ConfigError with a line a fault."""
+    """The `params.yaml` of `root`, validated, also against a teacher that is given as a folder; raises ConfigError with a line a fault."""
     path = root / "params.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing; a stage runs in the folder that holds it and dvc.yaml")
@@ -58,4 +59,7 @@ def read_params(root: Path) -> Params:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
-    return parse(Params, values, where="params.yaml")
+    params = parse(Params, values, where="params.yaml")
+    if params.model.source == "folder":
+        check_teacher(Path(str(params.model.path)), params.moe, params.mob)
+    return params

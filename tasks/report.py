@@ -189,4 +189,4 @@ def _uri(svg: str) -> str:
 
 
 if __name__ == "__main__":
-    execute("report", make, lambda params: {"experiment": params.experiment, "eval": params.eval.model_dump()})
+    execute("report", make)

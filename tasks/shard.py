@@ -45,7 +45,7 @@ def shard(stage: Stage) -> None:
             chunks = _encode(stage, tars, parts)
             rejects = [webdataset.Reject(**reject) for chunk in chunks for reject in chunk["rejects"]]
             places = [(chunk["part"], row, key) for chunk in chunks for row, key in enumerate(chunk["keys"])]
-            webdataset.check_rejects(len(places), rejects, config.max_reject_share)
+            webdataset.check_rejects(len(places), rejects, len(tars), config.max_reject_share)
             names = splits.assign(
                 [key for _, _, key in places], config.validation_samples, config.calibration_samples, params.seed
             )
@@ -204,8 +204,4 @@ def _write_shard(row: dict[str, Any], parts: Path, folder: Path) -> dict[str, An
 
 
 if __name__ == "__main__":
-    execute(
-        "shard",
-        shard,
-        lambda p: {"data": {"shard": p.data.shard.model_dump()}, "model": {"resolution": p.model.resolution}},
-    )
+    execute("shard", shard)

@@ -36,13 +36,5 @@ def build(device: torch.device, root: str, params: dict[str, Any]) -> KDTrainee:
     return KDTrainee(pipeline, student, config.kd.shared_expert, config, place, "shared_expert_kd", device)
 
 
-def sections(params: Params) -> dict[str, Any]:
-    """The parameters that the stage uses."""
-    return {
-        "moe": params.moe.model_dump(),
-        "kd": {"timesteps": params.kd.timesteps.model_dump(), "shared_expert": params.kd.shared_expert.model_dump()},
-    }
-
-
 if __name__ == "__main__":
-    execute("shared_expert_kd", shared_expert_kd, sections, resumable=True)
+    execute("shared_expert_kd", shared_expert_kd, resumable=True)

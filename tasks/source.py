@@ -66,6 +66,4 @@ def _prompts(params: Params, root: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    execute(
-        "source", source, lambda p: {"data": p.data.model_dump(exclude={"shard"}), "eval": {"prompts": p.eval.prompts}}
-    )
+    execute("source", source)

@@ -68,17 +68,14 @@ class Stage:
         self.run.metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def execute(
-    name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool = False
-) -> NoReturn:
+def execute(name: str, body: Callable[[Stage], None], resumable: bool = False) -> NoReturn:
     """Runs a stage and ends the process: 0, 2 after an error of this project (one clear message), 143 after SIGTERM.
 
-    - `sections`: the parameters that the stage uses, for MLflow.
-    - `resumable`: the stage trains, and has a resume folder.
+    `resumable`: the stage trains, and has a resume folder.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _execute(name, body, sections, resumable)
+        _execute(name, body, resumable)
     except Exception as error:
         if (ours := _ours(error)) is None:
             raise
@@ -100,9 +97,7 @@ def _ours(error: BaseException | None) -> Dense2MoEError | None:
     return None
 
 
-def _execute(
-    name: str, body: Callable[[Stage], None], sections: Callable[[Params], dict[str, Any]], resumable: bool
-) -> None:
+def _execute(name: str, body: Callable[[Stage], None], resumable: bool) -> None:
     root = Path.cwd()
     params = read_params(root)
     params = params.model_copy(update={"compute": params.compute.of(name)})
@@ -115,8 +110,8 @@ def _execute(
         try:
             if resume:
                 outs.write_text(resume.path / "mlflow_run", run.run_id)
-            run.tag(_circumstances(root))
-            run.params({"seed": params.seed, **sections(params)})
+            run.tag(_circumstances(root) | {"device": _device(use_gpu=False)})
+            run.params()
             run.inputs()
             body(stage)
             status = "FINISHED"

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_core.config import ModelConfig, Params, parse
-from moe_core.errors import DataError
+from moe_core.config import Params, parse
+from moe_core.config_agreement import check_teacher
 from tasks import curves, outs
 from tasks.places import CURVES, TEACHER
 from tasks.run_training import train_stage
@@ -29,7 +29,7 @@ def teacher(stage: Stage) -> None:
     """Writes data/teacher/."""
     model = stage.params.model
     if model.training is None or model.source != "train":
-        _given(model, stage.root / TEACHER)
+        _given(stage.params, stage.root / TEACHER)
         # Nothing was trained: dvc.yaml lists the curves all the same.
         for name in ("teacher-vae", "teacher-text", "teacher"):
             curves.write(stage.root / CURVES / f"{name}.csv", [])
@@ -62,21 +62,19 @@ def teacher(stage: Stage) -> None:
     }
     steps = {f"{phase}_steps": getattr(config, phase).steps for phase in trained.points}
     stage.summary({**metrics, **steps})
-    stage.run.model("teacher", stage.root / TEACHER, metrics)
+    stage.run.model("teacher", TEACHER, metrics)
 
 
-def _given(model: ModelConfig, folder: Path) -> None:
-    """Copies a pipeline from a folder or the hub."""
+def _given(params: Params, folder: Path) -> None:
+    """Copies a pipeline from a folder or the hub, if it is one that the other parameters fit."""
+    model = params.model
     source = Path(str(model.path))
     if model.source == "hub":
         # Only here: a small preset needs no hub.
         from huggingface_hub import snapshot_download
 
         source = Path(snapshot_download(str(model.path), revision=model.revision))
-    if not (source / "model_index.json").is_file():
-        raise DataError(
-            f"model.path is {model.path}, but {source / 'model_index.json'} does not exist; it must be a diffusers pipeline folder"
-        )
+    check_teacher(source, params.moe, params.mob)
     with outs.folder(folder) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True)
 
@@ -150,4 +148,4 @@ def _new(root: str, params: dict[str, Any]) -> tuple[Params, Pictures, FluxPipel
 
 
 if __name__ == "__main__":
-    execute("teacher", teacher, lambda p: {"model": p.model.model_dump()}, resumable=True)
+    execute("teacher", teacher, resumable=True)

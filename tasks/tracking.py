@@ -103,10 +103,10 @@ class StageRun:
         self.identity = identity
         self._experiment = experiment_id(self.client, root)
         self._started = time.monotonic()
-        parent = os.environ.get(PARENT)
+        self._parent = os.environ.get(PARENT)
         tags = {"stage": identity.stage, "fingerprint": identity.fingerprint}
-        if parent:
-            tags["mlflow.parentRunId"] = parent
+        if self._parent:
+            tags["mlflow.parentRunId"] = self._parent
         run = self._reopen(earlier)
         self.resumed = run is not None
         if run is None:
@@ -129,6 +129,9 @@ class StageRun:
                 file=sys.stderr,
             )
             return None
+        if run.info.status == "FINISHED":
+            # An equal run's, for which this one has waited: what it did stays its own.
+            return None
         self.run_id = run.info.run_id
         return run
 
@@ -138,9 +141,9 @@ class StageRun:
         for first in range(0, len(items), SMALL_BATCH):
             self.client.log_batch(self.run_id, tags=items[first : first + SMALL_BATCH])
 
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Logs parameters under dotted names. A resumed run may have them already: the same ones, which MLflow allows."""
-        _log_params(self.client, self.run_id, flatten(values))
+    def params(self) -> None:
+        """Logs every parameter that the stage lists in dvc.yaml. A resumed run may have them already: the same ones, which MLflow allows."""
+        _log_params(self.client, self.run_id, flatten(self.identity.params))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs values of one step."""
@@ -185,12 +188,19 @@ class StageRun:
         self.client.log_image(self.run_id, picture, artifact_file=f"images/{name}")
 
     def model(self, name: str, checkpoint: Path, metrics: Mapping[str, float]) -> None:
-        """Records that this run made a model, which lies at `checkpoint` and in the DVC cache; no copy is taken."""
+        """Records that this run made a model; no copy is taken.
+
+        `checkpoint` is its path in a checkout. Of a flow run that is the checkout in which its experiment was applied: the
+        tag `experiment` names it, and the worktree in which the model was made goes when the run ends.
+        """
+        tags = {"path": str(checkpoint), "stage": self.identity.stage, "fingerprint": self.identity.fingerprint}
+        if self._parent:
+            tags["experiment"] = str(self.client.get_run(self._parent).info.run_name)
         record = self.client.create_logged_model(
             self._experiment,
             name=name,
             source_run_id=self.run_id,
-            tags={"path": str(checkpoint), "stage": self.identity.stage, "fingerprint": self.identity.fingerprint},
+            tags=tags,
             model_type="diffusers",
         )
         self.client.log_outputs(self.run_id, [LoggedModelOutput(record.model_id, step=0)])

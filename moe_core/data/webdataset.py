@@ -31,6 +31,7 @@ MAX_PIXELS = 64_000_000
 """Largest image that is decoded; beyond that it counts as a decompression bomb."""
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_CAPTION_CHARS = 2000
+TRUNCATED = "truncated_tar"
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -117,18 +118,24 @@ def decode(sample: Sample, resolution: int) -> NDArray[np.uint8]:
     return picture
 
 
-def check_rejects(kept: int, rejects: Sequence[Reject], max_share: float) -> None:
-    """Raises DataError where nothing is kept, or more than `max_share` of the samples is rejected: which reasons, and the first of each."""
+def check_rejects(kept: int, rejects: Sequence[Reject], tars: int, max_share: float) -> None:
+    """Raises DataError where nothing is kept, or more than `max_share` of the samples is rejected, or of the tars cut off:
+    how many samples a cut took, nobody knows. The message has the reasons and the first of each.
+    """
     counted = Counter(reject.reason for reject in rejects)
     first = {reject.reason: reject.detail for reject in reversed(rejects)}
     told = "; ".join(f"{reason}: {count}, the first: {first[reason]}" for reason, count in sorted(counted.items()))
     if not kept:
         raise DataError(f"the dataset is empty: 0 samples kept, {len(rejects)} rejected. {told}".rstrip())
-    if (share := len(rejects) / (kept + len(rejects))) > max_share:
-        raise DataError(
-            f"{len(rejects)} of {kept + len(rejects)} samples are broken, a share of {share:.4f}; data.shard.max_reject_share allows"
-            f" {max_share:g}. {told}"
-        )
+    for what, broken, whole in (
+        ("samples are broken", len(rejects), kept + len(rejects)),
+        ("tars are cut off", counted[TRUNCATED], tars),
+    ):
+        if broken / whole > max_share:
+            raise DataError(
+                f"{broken} of {whole} {what}, a share of {broken / whole:.4f}; data.shard.max_reject_share allows {max_share:g}."
+                f" {told}"
+            )
 
 
 def decode_or_reject(sample: Sample, resolution: int | None) -> NDArray[np.uint8] | Reject:
@@ -227,7 +234,7 @@ def _ends_whole(tar: Path, offset: int) -> bool:
 def _truncated(tar: Path, detail: str) -> Reject:
     return Reject(
         f"{tar.stem}/",
-        "truncated_tar",
+        TRUNCATED,
         f"{tar} ({tar.stat().st_size} bytes) is cut off: {detail}; a tar ends with two blocks of zeros",
     )
 

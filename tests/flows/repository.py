@@ -107,6 +107,12 @@ stages:
       # Metrics, as in the project: DVC keeps no run cache for a stage with other outs of `cache: false`.
       metrics:
         - reports/stages/evaluate-${key}.json: {cache: false}
+  latency:
+    cmd: python stage.py latency reports/latency.json data/teacher/file.txt
+    deps: [stage.py, data/teacher]
+    metrics:
+      - reports/latency.json: {cache: false}
+    meta: {exclusive: true}
   report:
     cmd: python stage.py report reports/report.md reports/stages/evaluate-L.json reports/stages/evaluate-M.json
     params: [eval.latency_rounds]

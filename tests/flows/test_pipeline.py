@@ -9,7 +9,7 @@ import pytest
 
 from tests.flows.repository import PATIENCE_S, Stack, dvc, leftovers, run, until
 
-MADE = {"source", "teacher", "evaluate@L", "evaluate@M", "report"}
+MADE = {"source", "teacher", "evaluate@L", "evaluate@M", "latency", "report"}
 
 
 def test_a_run_is_sealed_applied_and_then_cached(stack: Stack) -> None:
@@ -48,6 +48,11 @@ def test_a_run_is_sealed_applied_and_then_cached(stack: Stack) -> None:
     assert stack.tasks(again) == dict.fromkeys(MADE, "Cached")
     assert "RAY_ADDRESS" not in stack.logs(again)
 
+    # Unless it is told to.
+    told = stack.trigger(experiment="demo", overrides=["moe.top_k=3", "seed=1"], name="told", again=["latency"])
+    assert stack.wait(told)["type"] == "COMPLETED", stack.logs(told)
+    assert stack.tasks(told) == dict.fromkeys(MADE, "Cached") | {"latency": "Completed"}
+
 
 @pytest.mark.slow
 def test_the_source_of_the_users_own_data_is_looked_at_every_time(stack: Stack) -> None:
@@ -72,7 +77,7 @@ def test_two_runs_at_once(stack: Stack) -> None:
 
 
 def test_bad_values_are_refused_by_the_form_or_in_the_first_seconds(stack: Stack) -> None:
-    for parameters in ({"experiment": "nonesuch"}, {"overrides": ["moe.top_k"]}, {"name": "a b"}):
+    for parameters in ({"experiment": "nonesuch"}, {"overrides": ["moe.top_k"]}, {"name": "a b"}, {"again": ["a b"]}):
         answer = stack.submit(**parameters)
         assert answer.status_code in (409, 422), (parameters, answer.text)
     flow_run = stack.trigger(overrides=["moe.top_k=13"])
@@ -80,6 +85,9 @@ def test_bad_values_are_refused_by_the_form_or_in_the_first_seconds(stack: Stack
     assert state["type"] == "FAILED"
     assert "top_k is 13, but there are 12 experts" in state["message"]
     assert not stack.tasks(flow_run), "a stage ran before the parameters were checked"
+    flow_run = stack.trigger(again=["nonesuch"])
+    assert "again has nonesuch; the stages are source, teacher" in stack.wait(flow_run)["message"]
+    assert not stack.tasks(flow_run)
 
 
 @pytest.mark.slow

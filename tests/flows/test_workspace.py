@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from flows import dag, demo
 from flows.workspace import RunFailed, Workspace, checkout_root, workspaces
 from moe_core.errors import ConfigError
-from tests.flows.repository import dvc, make_repository, run
+from tests.flows.repository import dvc, make_repository, run, until
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,7 @@ def test_the_dag_is_dvcs_and_every_stage_comes_after_what_it_needs(repository: P
         "teacher": {"source"},
         "evaluate@L": {"teacher"},
         "evaluate@M": {"teacher"},
+        "latency": {"teacher"},
         "report": {"evaluate@L", "evaluate@M"},
     }
     seen: set[str] = set()
@@ -155,3 +158,58 @@ def test_the_main_checkout_is_found_from_a_worktree(repository: Path, monkeypatc
     with opened(repository, "inner") as workspace:
         monkeypatch.setenv("DENSE2MOE_CHECKOUT", str(workspace.path))
         assert checkout_root() == repository
+
+
+@pytest.mark.slow
+def test_an_experiment_on_the_command_line_composes_runs_and_is_compared(tmp_path: Path) -> None:
+    checkout = make_repository(tmp_path / "checkout")
+    dvc("repro", "-q", cwd=checkout)
+    run("git", "add", "-A", cwd=checkout)
+    run("git", "commit", "-q", "-m", "results", cwd=checkout)
+    dvc("exp", "run", "-S", "moe.top_k=5", "-n", "five", cwd=checkout)
+    assert "top_k: 5" in (checkout / "params.yaml").read_text()
+    assert "evaluate-L.json" in (changes := dvc("metrics", "diff", cwd=checkout)), changes
+    assert "moe.top_k" in dvc("params", "diff", "--targets", "params.yaml", cwd=checkout)
+    refused = dvc("exp", "run", "-S", "moe.heads=3", cwd=checkout, check=False)
+    assert "moe.heads" in refused
+
+
+def test_who_must_be_alone_waits_and_is_waited_for(repository: Path) -> None:
+    (repository / ".runs").mkdir(exist_ok=True)
+    workspace, stopping = Workspace(repository, "place"), threading.Event()
+    order: list[str] = []
+
+    def go(name: str, alone: bool) -> threading.Thread:
+        def stage() -> None:
+            with workspace.place(alone, stopping):
+                order.append(name)
+
+        thread = threading.Thread(target=stage)
+        thread.start()
+        return thread
+
+    with workspace.place(False, stopping):
+        beside = go("beside", alone=False)
+        beside.join(30)
+        measures = go("alone", alone=True)
+        until(lambda: gate_is_closed(repository), 30)
+        late = go("late", alone=False)
+        assert order == ["beside"]
+    measures.join(30)
+    late.join(30)
+    assert order == ["beside", "alone", "late"]
+    # A run that is ended does not wait.
+    with workspace.place(True, stopping):
+        waiting = go("ended", alone=False)
+        stopping.set()
+        waiting.join(30)
+        assert not waiting.is_alive()
+
+
+def gate_is_closed(repository: Path) -> bool:
+    with (repository / ".runs" / "gate.lock").open("a") as gate:
+        try:
+            fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

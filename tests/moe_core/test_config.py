@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from moe_core.config import Params, parse
+from moe_core.config_agreement import check_teacher
 from moe_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +25,11 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
             section = section[name]
         section[last] = value
     return values
+
+
+def doubles(**groups: int) -> dict[str, Any]:
+    """The same groups of double blocks at every level."""
+    return {f"mob.levels.{level}.double": groups for level in ("M", "S", "XS")}
 
 
 @pytest.mark.parametrize(
@@ -40,10 +47,13 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"mob.levels.M.double": {"blocks": [[1, 2], [2, 3]]}}, r"blocks \[2\] stand in two groups"),
         ({"mob.levels.M.double": {"blocks": [[4, 5]]}}, r"has \[4, 5\], but the model's double blocks are 0 to 4"),
-        ({"mob.levels.XS.single": {"groups": 5, "size": 3}}, "5 groups of 3 need 15 blocks; the model has 12"),
         (
-            {"mob.levels.M.double": {"groups": 1, "size": 5}},
-            "mob.levels.M.double: groups of 5 need as many consecutive blocks, .* at most 4",
+            {"mob.levels.XS.single": {"groups": 5, "size": 3}},
+            "5 groups of 3 consecutive blocks do not fit: there is room for 4 among 12",
+        ),
+        (
+            doubles(groups=1, size=5),
+            "mob.levels.M.double: 1 groups of 5 consecutive blocks do not fit: there is room for 0",
         ),
         (
             {"mob.levels.M.double": {"blocks": [[0, 1, 2]]}},
@@ -72,6 +82,27 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"model.vae.norm_num_groups": 7}, "it must be a multiple of norm_num_groups, which is 7"),
         ({"model.text.num_heads": 5}, "it must be a multiple of num_heads, which is 5"),
+        ({"moe.expansion_ratio": 3, "moe.num_experts": 8}, "moe.expansion_ratio is 3; the FFNs of FLUX have 4"),
+        (
+            {"mob.levels.S.double": {"groups": 0}},
+            "mob.levels.S.double.groups is 0, but level M, .* has 1, and they stay",
+        ),
+        (
+            {"mob.levels.XS.double": {"groups": 1, "size": 2}},
+            "XS.double.size is 2, but the groups of level M, .* have 3",
+        ),
+        ({"mob.levels.XXS": {"init": "checkpoints/mob/M"}}, "mob.levels has M, S, XS, XXS; it must have M, S, XS"),
+        (
+            {"moe.dense_double_blocks": [1], **doubles(groups=2, size=2)},
+            "mob.levels.M.double: 2 groups of 2 consecutive blocks do not fit: there is room for 1 among 5 blocks",
+        ),
+        ({"model.resolution": 20}, "model.resolution is 20; with data.embedded.grid 1 it must be a multiple of 8"),
+        ({"model.max_sequence_length": 9}, "max_sequence_length is 9; it must be at most text.max_sequence_length"),
+        (
+            {"compute.stages": {"mob_kd": {"num_workers": 3}}},
+            "kd.mob.optimizer.batch_size is 64; .* the 3 workers of mob_kd",
+        ),
+        ({"eval.prompts": 1}, "eval.prompts = 1"),
         ({"model.resolution": 18}, "resolution is 18; it must be a multiple of 4"),
         ({"eval.latency_batch_sizes": [0]}, "eval.latency_batch_sizes.0 = 0"),
         ({"compute.stages": {"techer": {}}}, r"compute.stages.techer.\[key\] = 'techer': Input should be 'teacher'"),
@@ -99,3 +130,29 @@ def test_a_stage_can_have_other_workers_than_the_rest() -> None:
     assert (compute.of("mob_kd@XS").num_workers, compute.of("mob_kd@XS").use_gpu) == (4, True)
     assert compute.of("mob_kd@XS").cpus_per_worker == 3
     assert compute.of("moe_kd") == compute
+
+
+def test_of_a_given_teacher_its_own_files_say_what_it_is(tmp_path: Path) -> None:
+    given = {"model.source": "folder", "model.path": str(tmp_path), "moe.conditioning_dim": 64}
+    params = parse(Params, _values(given))
+    assert params.model.transformer is None
+    with pytest.raises(ConfigError, match=r"model.path is .*model_index.json does not exist"):
+        check_teacher(tmp_path, params.moe, params.mob)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"transformer/config.json: .*No such file"):
+        check_teacher(tmp_path, params.moe, params.mob)
+    (tmp_path / "transformer").mkdir()
+    shape = {"num_layers": 5, "num_single_layers": 12, "num_attention_heads": 4, "attention_head_dim": 16}
+    for config, message in (
+        ("no json", "transformer/config.json: Expecting value"),
+        ({"_class_name": "UNet"}, "describes a UNet, not a FluxTransformer2DModel"),
+        ({"_class_name": "FluxTransformer2DModel", **shape, "num_attention_heads": 3}, "at most the model's width, 48"),
+        ({"_class_name": "FluxTransformer2DModel", **shape, "num_layers": 3}, "there is room for 0 among 3 blocks"),
+    ):
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / "transformer" / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            check_teacher(tmp_path, params.moe, params.mob)
+    config = {"_class_name": "FluxTransformer2DModel", **shape}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    check_teacher(tmp_path, params.moe, params.mob)

@@ -16,7 +16,7 @@ from moe_core.transformer import FluxMoETransformer2DModel
 from tests.moe_core.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red seven", "two fours", "a nine left of a one"]
-HOW = {"resolution": 16, "num_inference_steps": 2, "guidance_scale": 3.5}
+HOW = {"resolution": 16, "num_inference_steps": 2, "guidance_scale": 3.5, "max_sequence_length": 8}
 
 
 def test_noise_belongs_to_the_prompts_number():
@@ -70,7 +70,7 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path):
 def test_a_prepared_batch_holds_what_the_pipeline_would_feed():
     pipeline = tiny_pipeline()
     latents, drawn = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    batch = sampling.prepare_batch(pipeline, latents, PROMPTS[:2], drawn, torch.tensor([0.2, 0.9]), 3.5)
+    batch = sampling.prepare_batch(pipeline, latents, PROMPTS[:2], drawn, torch.tensor([0.2, 0.9]), 3.5, 8)
     text, pooled, text_ids = pipeline.encode_prompt(PROMPTS[:2], None, max_sequence_length=8)
     assert torch.allclose(batch.prompt_embeds, text, atol=1e-6)
     assert torch.allclose(batch.pooled, pooled, atol=1e-6)
@@ -87,13 +87,20 @@ def test_a_prepared_batch_holds_what_the_pipeline_would_feed():
 
 
 def test_a_prompt_is_encoded_the_same_alone_and_in_company():
-    alone, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[:1])
-    company, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[::-1])
+    alone, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[:1], 8)
+    company, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[::-1], 8)
     assert torch.equal(alone[0], company[2])
+
+
+def test_no_more_tokens_are_encoded_than_asked_for():
+    pipeline = tiny_pipeline()
+    assert sampling.encode_prompts(pipeline, PROMPTS, 4)[0].shape[1] == 4
+    longest = pipeline.tokenizer_2.model_max_length
+    assert sampling.encode_prompts(pipeline, PROMPTS, 512)[0].shape[1] == min(longest, 512)
 
 
 def test_the_prompt_cache_is_bounded(monkeypatch: pytest.MonkeyPatch):
     pipeline = tiny_pipeline()
     monkeypatch.setattr(sampling, "CACHE_BYTES", 1)
-    sampling.encode_prompts(pipeline, PROMPTS)
+    sampling.encode_prompts(pipeline, PROMPTS, 8)
     assert len(sampling._CACHES[pipeline].entries) == 1

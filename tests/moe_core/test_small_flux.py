@@ -9,11 +9,10 @@ import torch
 from diffusers import FluxPipeline
 
 from moe_core import small_flux
-from moe_core.data.embedded import captions_vocabulary, make_prompts
-from moe_core.errors import ConfigError
+from moe_core.data.embedded import make_prompts
 from moe_core.text_training import ENCODERS
 from tests.moe_core.test_embedded import _config
-from tests.moe_core.tiny_pipeline import tiny_config, tiny_pipeline
+from tests.moe_core.tiny_pipeline import tiny_pipeline
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "transformer")
 
@@ -56,11 +55,6 @@ def test_the_sampler_runs_from_1_to_1_over_steps_without_a_shift():
     scheduler = tiny_pipeline().scheduler
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.15)
     assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
-
-
-def test_a_resolution_that_cannot_be_packed_is_refused():
-    with pytest.raises(ConfigError, match=r"model.resolution is 18; it must be a multiple of 4"):
-        small_flux.build_pipeline(tiny_config(resolution=18), captions_vocabulary(), 0)
 
 
 def test_finished_parts_are_put_in_without_a_trace_of_where_they_lay(tmp_path: Path):

@@ -149,7 +149,11 @@ def test_too_much_that_is_broken_is_refused_with_the_reasons() -> None:
     rejects = [Reject(str(i), "broken_image", f"{i}: image of 3 bytes cannot be decoded") for i in range(2)]
     told = r"2 of 152 samples are broken, a share of 0.0132; .*max_reject_share allows 0.01. broken_image: 2, the first: 0: image"
     with pytest.raises(DataError, match=told):
-        webdataset.check_rejects(150, rejects, 0.01)
+        webdataset.check_rejects(150, rejects, 1, 0.01)
     with pytest.raises(DataError, match="the dataset is empty: 0 samples kept, 0 rejected"):
-        webdataset.check_rejects(0, [], 0.01)
-    webdataset.check_rejects(250, rejects, 0.01)
+        webdataset.check_rejects(0, [], 1, 0.01)
+    webdataset.check_rejects(250, rejects, 1, 0.01)
+    cut = [Reject("a", "truncated_tar", "a.tar is cut off")]
+    webdataset.check_rejects(5000, cut, 200, 0.01)
+    with pytest.raises(DataError, match=r"1 of 3 tars are cut off, a share of 0.3333; .* the first: a.tar is cut off"):
+        webdataset.check_rejects(5000, cut, 3, 0.01)

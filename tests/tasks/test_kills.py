@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -213,7 +214,7 @@ def test_a_stage_killed_again_and_again_ends_bit_for_bit_the_same(finished: Path
     shutil.rmtree(finished / out)
     curve.unlink()
     try:
-        _kill_and_resume(finished, stage)
+        _kill_and_resume(finished, stage, STAGES[stage][2])
         assert hashes(finished / out) == expected
         assert curve.read_text() == expected_curve
         assert not list((finished / ".resume").glob(f"{stage}-*/"))
@@ -224,8 +225,8 @@ def test_a_stage_killed_again_and_again_ends_bit_for_bit_the_same(finished: Path
         curve.write_text(expected_curve)
 
 
-def _kill_and_resume(finished: Path, stage: str) -> None:
-    command, out, kills = STAGES[stage]
+def _kill_and_resume(finished: Path, stage: str, kills: list[tuple[str, int, str]]) -> None:
+    command, out, _ = STAGES[stage]
     process = start(finished, command)
     for phase, step, whom in kills:
         wait_for(finished, process, lambda p=phase, s=step: step_of(finished, stage, p) >= s, f"step {step} of {phase}")
@@ -248,6 +249,42 @@ def _kill_and_resume(finished: Path, stage: str) -> None:
 
 def workers(folder: Path) -> list[int]:
     return [pid for pid, told in marked(folder) if "RayTrainWorker" in told]
+
+
+@pytest.fixture
+def two_workers(finished: Path) -> Iterator[Path]:
+    """The same project with two workers, for one test; what it makes of the shared experts goes with it."""
+    out = finished / STAGES["shared_expert_kd"][1]
+    curve = finished / "reports" / "curves" / "shared_expert_kd.csv"
+    params, kept, kept_curve = (finished / "params.yaml").read_text(), finished / "kept", curve.read_text()
+    out.rename(kept)
+    (finished / "params.yaml").write_text(compose(ROOT, [*FEW, "compute.num_workers=2"]))
+    try:
+        yield finished
+    finally:
+        (finished / "params.yaml").write_text(params)
+        shutil.rmtree(out, ignore_errors=True)
+        kept.rename(out)
+        curve.write_text(kept_curve)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_workers_distil_as_one_does_and_go_on_after_a_kill_bit_for_bit(two_workers: Path) -> None:
+    out, curve = (
+        two_workers / STAGES["shared_expert_kd"][1],
+        two_workers / "reports" / "curves" / "shared_expert_kd.csv",
+    )
+    by_one = pd.read_csv(curve)
+    _kill_and_resume(two_workers, "shared_expert_kd", [])
+    by_two, expected, expected_curve = pd.read_csv(curve), hashes(out), curve.read_text()
+    assert (by_two["step"] == by_one["step"]).all()
+    # Sums in another order, and a dozen steps of Muon on them.
+    assert by_two["distill"].to_numpy() == pytest.approx(by_one["distill"].to_numpy(), rel=1e-2)
+    shutil.rmtree(out)
+    _kill_and_resume(two_workers, "shared_expert_kd", [("train", 5, "group")])
+    assert hashes(out) == expected
+    assert curve.read_text() == expected_curve
 
 
 @pytest.mark.slow

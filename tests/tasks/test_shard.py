@@ -64,6 +64,7 @@ def stage(project: Path, migrated: Path) -> Callable[..., Stage]:
             samples_per_shard=40, validation_samples=20, calibration_samples=10, batch_size=16
         )
         values["data"]["shard"].update(limits)
+        values["kd"]["validation_samples"] = 20
         identity = Identity("shard", {str(SOURCE): "0" * 32 + ".dir"}, {})
         run = StageRun(project, identity)
         return OnSession("shard", project, parse(Params, values), identity, run, Progress("shard"))
@@ -146,8 +147,8 @@ def test_a_teacher_is_trained_on_the_rest_and_refuses_what_shard_would_refuse(
 def test_a_cut_off_tar_is_a_reject_and_a_file_that_is_no_tar_an_error(tars: Path, stage: Callable[..., Stage]) -> None:
     last = sorted(tars.glob("*.tar"))[-1]
     last.write_bytes(last.read_bytes()[:20000])
-    with pytest.raises(DataError, match=r"truncated_tar: 1, the first: .*is cut off"):
-        shard.shard(stage(max_reject_share=0.0001))
+    with pytest.raises(DataError, match=r"1 of 3 tars are cut off, .*truncated_tar: 1, the first: .*is cut off"):
+        shard.shard(stage())
     assert not (stage().root / SHARDS).exists()
     last.write_bytes(b"no tar at all" * 100)
     with pytest.raises(

@@ -33,7 +33,7 @@ def body(stage):
             os.kill(os.getpid(), signal.SIGTERM)
             ray.get(ray.remote(time.sleep).remote(60))
     stage.summary({"loss": 0.5})
-execute("first", body, lambda p: {"moe": p.moe.model_dump()}, resumable=True)
+execute("first", body, resumable=True)
 """
 
 

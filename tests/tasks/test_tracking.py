@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def tracked(project: Path, migrated: Path) -> Path:
 def test_a_stage_is_one_run_with_all_that_belongs_to_it(tracked: Path) -> None:
     [identity] = identify(tracked, "first")
     run = StageRun(tracked, identity)
-    run.params({"moe": {"top_k": 2, "dense_double_blocks": [0]}, "seed": 0})
+    run.params()
     run.tag({"git.commit": "abc"})
     run.inputs()
     run.points(
@@ -44,18 +45,18 @@ def test_a_stage_is_one_run_with_all_that_belongs_to_it(tracked: Path) -> None:
     )
     run.points([Point("train", 3, {"loss": 9.0})], "vae/")
     run.image("a.png", Image.new("RGB", (4, 4)))
-    run.model("model", tracked / "data" / "set", {"loss": 1.0})
+    run.model("model", Path("data/set"), {"loss": 1.0})
     run.end("FINISHED")
 
     found = run.client.get_run(run.run_id)
-    assert found.data.params == {"moe.top_k": "2", "moe.dense_double_blocks": "[0]", "seed": "0"}
+    assert found.data.params == {"moe.top_k": "2", "seed": "0"}
     assert found.data.tags["stage"] == "first"
     assert found.data.tags["fingerprint"] == identity.fingerprint
     assert float(found.data.tags["seconds"]) >= 0
     [data] = found.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("data/set", identity.deps["data/set"])
     [made] = found.outputs.model_outputs
-    assert run.client.get_logged_model(made.model_id).tags["path"] == str(tracked / "data" / "set")
+    assert run.client.get_logged_model(made.model_id).tags["path"] == "data/set"
     assert (tracked / "mlruns").is_dir()
 
     frame = metrics_frame(tracked)
@@ -70,13 +71,13 @@ def test_a_resumed_stage_reopens_its_run_and_logs_each_step_once(
 ) -> None:
     [identity] = identify(tracked, "first")
     killed = StageRun(tracked, identity)
-    killed.params({"seed": 0})
+    killed.params()
     killed.points([Point("train", 5, {"loss": 1.5})])
 
     parent = killed.client.create_run(tracking.experiment_id(killed.client, tracked), run_name="flow").info.run_id
     monkeypatch.setenv(PARENT, parent)
     again = StageRun(tracked, identity, earlier=killed.run_id)
-    again.params({"seed": 0})
+    again.params()
     assert again.run_id == killed.run_id
     assert again.last_step("train/") == 5
     assert again.last_step("validation/") == -1
@@ -85,6 +86,30 @@ def test_a_resumed_stage_reopens_its_run_and_logs_each_step_once(
     assert found.data.tags["resumed"] == "1"
     assert found.data.tags["mlflow.parentRunId"] == parent
     assert found.info.status == "FINISHED"
+
+
+def test_the_run_of_an_equal_stage_that_has_finished_is_not_taken_over(tracked: Path) -> None:
+    [identity] = identify(tracked, "first")
+    theirs = StageRun(tracked, identity)
+    theirs.end("FINISHED")
+    ours = StageRun(tracked, identity, earlier=theirs.run_id)
+    assert ours.run_id != theirs.run_id
+    assert not ours.resumed
+
+
+def test_a_model_is_recorded_by_its_place_in_a_checkout_and_by_its_experiment(
+    tracked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [identity] = identify(tracked, "first")
+    client = connect(tracked)
+    parent = client.create_run(tracking.experiment_id(client, tracked), run_name="demo-7").info.run_id
+    monkeypatch.setenv(PARENT, parent)
+    run = StageRun(tracked, identity)
+    run.model("moe_kd", Path("data/checkpoints/moe"), {"loss": 0.5})
+    [record] = client.search_logged_models([tracking.experiment_id(client, tracked)])
+    assert record.tags["path"] == "data/checkpoints/moe"
+    assert record.tags["experiment"] == "demo-7"
+    assert record.source_run_id == run.run_id
 
 
 def test_a_run_that_is_gone_is_told_and_a_new_one_begins(tracked: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,10 +123,16 @@ def test_a_cached_stage_appears_with_the_metrics_and_the_name_of_its_maker(
     tracked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, level = identify(tracked, "first", "level@M")
+    # More than MLflow takes at once.
+    many = {f"steps.of_{number}": number for number in range(120)}
+    first = dataclasses.replace(first, params=many)
+    monkeypatch.setattr(
+        tracking, "identify", lambda root, *stages: [{"first": first, "level@M": level}[s] for s in stages]
+    )
     for value in (3.0, 1.0):
         run = StageRun(tracked, first)
         run.metrics({"loss": value})
-        run.params({"steps": {f"of_{number}": number for number in range(120)}})
+        run.params()
         run.end("FINISHED")
     failed = StageRun(tracked, first)
     failed.end("FAILED")
