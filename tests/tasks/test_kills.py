@@ -229,10 +229,15 @@ def _kill_and_resume(finished: Path, stage: str, kills: list[tuple[str, int, str
     command, out, _ = STAGES[stage]
     process = start(finished, command)
     for phase, step, whom in kills:
-        wait_for(finished, process, lambda p=phase, s=step: step_of(finished, stage, p) >= s, f"step {step} of {phase}")
+
+        def there(phase: str = phase, step: int = step) -> bool:
+            # With its worker: a killed driver's one may have gone on for some steps, and they are still on record.
+            return step_of(finished, stage, phase) >= step and bool(workers(finished))
+
+        wait_for(finished, process, there, f"step {step} of {phase}")
         if whom == "worker":
             # Ray Train starts another: the stage itself goes on.
-            [worker] = workers(finished)
+            worker = workers(finished)[0]
             os.kill(worker, signal.SIGKILL)
             wait_for(finished, process, lambda w=worker: workers(finished) not in ([], [w]), "another worker")
             continue
