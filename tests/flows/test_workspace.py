@@ -94,6 +94,15 @@ def test_a_sealed_run_can_be_applied_and_is_up_to_date(repository: Path) -> None
     run("git", "clean", "-qfd", "reports", cwd=repository)
     dvc("checkout", "-q", "--force", cwd=repository)
 
+    # What is taken back leaves its name free and the worktree as it was.
+    with opened(repository, "taken-back") as workspace:
+        set_top_k(workspace.path, 6)
+        workspace.seal()
+        workspace.unseal()
+        assert "top_k: 6" in (workspace.path / "params.yaml").read_text()
+    with opened(repository, "taken-back"):
+        pass
+
     # What was made once is in the run cache, also for a new worktree of the old commit.
     with opened(repository, "again") as workspace:
         set_top_k(workspace.path, 5)
