@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from dvc.utils.hydra import compose_and_dump
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field
 
 from flows.workspace import NAME, checkout_root, python_environment
@@ -21,18 +18,6 @@ from moe_core.errors import ConfigError
 
 OVERRIDE = r"^\+{0,2}[A-Za-z_][\w/-]*(\.[\w-]+)*=.*$"
 """A Hydra override that sets one thing: `moe.top_k=4`, `kd=scenes`, `+mob.levels.M.single.groups=2`."""
-
-# The commit's own classes, not the checkout's: the commit may be an older one.
-_CHECK = """
-import sys
-from pathlib import Path
-from moe_core.errors import ConfigError
-from tasks.project import read_params
-try:
-    read_params(Path.cwd())
-except ConfigError as error:
-    sys.exit(str(error))
-"""
 
 
 def presets(root: Path) -> list[str]:
@@ -64,28 +49,8 @@ def compose(root: Path, experiment: str, overrides: list[str]) -> None:
     Raises ConfigError that names the override or the parameter, its value and the rule.
     """
     chosen = [f"experiment={experiment}", *overrides]
-    try:
-        compose_and_dump(
-            output_file=root / "params.yaml",
-            config_dir=str(root / "params"),
-            config_module=None,
-            config_name="config",
-            plugins_path=str(root / ".dvc"),
-            overrides=chosen,
-        )
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"parameters {', '.join(chosen)} do not compose: {_whole(error)}") from None
-    check = [sys.executable, "-c", _CHECK]
-    done = subprocess.run(check, cwd=root, env=python_environment(root), capture_output=True, text=True)
+    # By the commit's own code, not the checkout's: the commit may be an older one.
+    command = [sys.executable, "-m", "tasks.params", *chosen]
+    done = subprocess.run(command, cwd=root, env=python_environment(root), capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"parameters {', '.join(chosen)} are refused:\n{done.stderr.strip()}")
-
-
-def _whole(error: BaseException) -> str:
-    """The error with its causes: Hydra says what is wrong in the innermost one."""
-    messages = [str(error).strip()]
-    while (cause := error.__cause__) is not None:
-        error = cause
-        if str(error).strip() not in messages[-1]:
-            messages.append(str(error).strip())
-    return "; ".join(" ".join(message.split()) for message in messages)

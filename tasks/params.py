@@ -14,9 +14,9 @@ from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_core.config import Params, parse
 from moe_core.errors import ConfigError, Dense2MoEError
 from tasks import outs
+from tasks.project import validated
 
 
 def compose(root: Path, overrides: list[str]) -> str:
@@ -26,10 +26,20 @@ def compose(root: Path, overrides: list[str]) -> str:
         try:
             compose_and_dump(str(composed), str(root / "params"), None, "config", str(root), overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"params/ cannot be composed with {overrides}: {error}") from error
+            raise ConfigError(f"params/ cannot be composed with {', '.join(overrides)}: {_whole(error)}") from None
         text = composed.read_text(encoding="utf-8")
-    parse(Params, yaml.safe_load(text), where="params/")
+    validated(yaml.safe_load(text), "params/")
     return text
+
+
+def _whole(error: BaseException) -> str:
+    """The error with its causes: Hydra says what is wrong in the innermost one."""
+    messages = [str(error).strip()]
+    while (cause := error.__cause__) is not None:
+        error = cause
+        if str(error).strip() not in messages[-1]:
+            messages.append(str(error).strip())
+    return "; ".join(" ".join(message.split()) for message in messages)
 
 
 def main(overrides: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -51,7 +51,7 @@ def git_state(root: Path) -> GitState:
 
 
 def read_params(root: Path) -> Params:
-    """The `params.yaml` of `root`, validated, also against a teacher that is given as a folder; raises ConfigError with a line a fault."""
+    """The `validated` `params.yaml` of `root`; raises ConfigError with a line a fault."""
     path = root / "params.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing; a stage runs in the folder that holds it and dvc.yaml")
@@ -59,7 +59,12 @@ def read_params(root: Path) -> Params:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
-    params = parse(Params, values, where="params.yaml")
+    return validated(values, "params.yaml")
+
+
+def validated(values: Any, where: str) -> Params:
+    """The parameters in plain `values`, checked, also against a teacher that is given as a folder; `where` names their file in errors."""
+    params = parse(Params, values, where=where)
     if params.model.source == "folder":
         check_teacher(Path(str(params.model.path)), params.moe, params.mob)
     return params

@@ -33,7 +33,7 @@ COPIED = [
     "moe_core/config.py",
     "moe_core/config_agreement.py",
     "moe_core/errors.py",
-    *(f"tasks/{name}.py" for name in ("__init__", "tracking", "curves", "fingerprint", "project", "outs")),
+    *(f"tasks/{name}.py" for name in ("__init__", "tracking", "curves", "fingerprint", "params", "project", "outs")),
 ]
 
 STAGE = '''"""A stage of the test repository: NAME OUT DEP... writes OUT; evaluations take `seed` seconds."""

@@ -67,5 +67,5 @@ def test_the_form_offers_the_presets_and_has_help_for_every_field() -> None:
     # `enum`, even of one value: Prefect's form shows a `const` as JSON.
     assert fields["experiment"]["enum"] == parameters.PRESETS
     assert fields["overrides"]["items"]["pattern"]
-    for name in ("experiment", "overrides", "name", "commit"):
+    for name in ("experiment", "overrides", "name", "commit", "again"):
         assert len(fields[name]["description"]) > 20, name
