@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from httpx import HTTPError
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import PrefectException
 from prefect.flows import Flow
 from prefect.futures import PrefectConcurrentFuture
 from prefect.states import Cancelled, Completed
@@ -92,14 +94,22 @@ class Run:
                 ran = ran or line.startswith(dag.RUNNING)
                 log.info("%s", line)
             if time.monotonic() - shown > PROGRESS_EVERY_S:
-                progress.update()
+                _show(progress, log)
                 shown = time.monotonic()
-        progress.update()
+        _show(progress, log)
         # Whatever the stage left behind ends with it; usually nothing.
         processes.stop([record])
         if process.returncode:
             raise RunFailed(f"stage {stage} failed (exit code {process.returncode}):\n{tail(file)}")
         return ran
+
+
+def _show(progress: artifacts.Progress, log: Any) -> None:
+    """Moves the bars; a server that does not answer costs a bar, never the stage."""
+    try:
+        progress.update()
+    except (HTTPError, PrefectException) as error:
+        log.warning("progress of %s is not shown: %s", progress.stage, error)
 
 
 def _follow(file: Path, process: Any) -> Iterator[str]:
