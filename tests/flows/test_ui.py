@@ -56,7 +56,7 @@ def test_from_the_form_to_the_finished_run(stack: Stack, page: Page, tmp_path: P
     page.goto(f"{stack.api.removesuffix('/api')}/deployments/deployment/{deployment}/run")
     expect(page.get_by_text("The preset: model, data, recipe and evaluation")).to_be_visible()
     expect(page.get_by_text("Single parameters on top of the preset")).to_be_visible()
-    page.get_by_role("button", name="Add item").click()
+    page.get_by_role("button", name="Add item").first.click()
     fields = page.locator("textarea")
     # The override's, the name's, the commit's: before the first is there, the others stand in its place.
     expect(fields.nth(2)).to_be_visible()
