@@ -36,7 +36,7 @@ class Stage:
 
     @property
     def exclusive(self) -> bool:
-        """`meta: {exclusive: true}`: nothing of the same run may run beside it (it measures time)."""
+        """`meta: {exclusive: true}`: no stage of any run of the checkout may run beside it (it measures time)."""
         return bool(self.meta.get("exclusive", False))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_core.config import ComputeConfig, OptimizerConfig
-from moe_core.errors import ConfigError
 from tasks import curves
 from tasks.curves import Curve, Point
 from tasks.phase import METRICS, NOTES, PRODUCT, MetricsTail, Phase
@@ -39,12 +38,6 @@ def train_stage(stage: Stage, phases: Sequence[tuple[str, str, dict[str, Any], O
     """
     assert stage.resume is not None
     compute, folder = stage.params.compute, stage.resume.path
-    for name, _, _, config, _ in phases:
-        if compute.num_workers and config.batch_size % compute.num_workers:
-            raise ConfigError(
-                f"{stage.name} {name}: batch_size is {config.batch_size}; it must be a multiple of compute.num_workers,"
-                f" which is {compute.num_workers}"
-            )
     jobs = [Phase(*phase, log_every=compute.log_every, checkpoint_every=compute.checkpoint_every) for phase in phases]
     prefixes = {job.name: "" if job is jobs[-1] else f"{job.name}/" for job in jobs}
     # A resumed run goes on where the killed attempt stopped logging; what lies between is the same, bit for bit.
