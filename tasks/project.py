@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from moe_core.config import Params, parse
-from moe_core.config_agreement import check_teacher
+from moe_core.config.agreement import check_teacher
 from moe_core.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_core.config import Params, parse
-from moe_core.config_agreement import check_teacher
+from moe_core.config.agreement import check_teacher
 from tasks import curves, outs
 from tasks.places import CURVES, TEACHER
 from tasks.run_training import train_stage

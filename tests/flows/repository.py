@@ -30,8 +30,7 @@ COPIED = [
     "params",
     "params.yaml",
     "moe_core/__init__.py",
-    "moe_core/config.py",
-    "moe_core/config_agreement.py",
+    "moe_core/config",
     "moe_core/errors.py",
     *(f"tasks/{name}.py" for name in ("__init__", "tracking", "curves", "fingerprint", "params", "project", "outs")),
 ]

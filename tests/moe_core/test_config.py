@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moe_core.config import Params, parse
-from moe_core.config_agreement import check_teacher
+from moe_core.config.agreement import check_teacher
 from moe_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,10 +24,10 @@ def closure(module: Path) -> set[str]:
 
 
 @cache
-def direct(path: Path) -> tuple[Path, ...]:
+def direct(module: Path) -> tuple[Path, ...]:
     """Files that a file imports itself, or names as `package.module:function` for a worker."""
     files: list[Path] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(module.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -36,7 +36,8 @@ def direct(path: Path) -> tuple[Path, ...]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ":" in node.value:
             names = [node.value.partition(":")[0]]
         for name in names:
-            file = ROOT / (name.replace(".", "/") + ".py")
-            if name.split(".")[0] in PACKAGES and file.is_file():
-                files.append(file)
+            path = ROOT / name.replace(".", "/")
+            for file in (path.with_suffix(".py"), path / "__init__.py"):
+                if "." in name and name.split(".")[0] in PACKAGES and file.is_file():
+                    files.append(file)
     return tuple(files)

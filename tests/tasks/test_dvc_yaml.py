@@ -21,10 +21,10 @@ from tests.tasks.imports import ROOT, closure, direct
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pygtrie", "ignore::DeprecationWarning:dvc")
 
+CONFIG = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "moe_core" / "config").glob("*.py"))
 PLUMBING = {
     "moe_core/errors.py": "messages",
-    "moe_core/config.py": "checks values; every value that is used stands in params.yaml (tested below)",
-    "moe_core/config_agreement.py": "as moe_core/config.py",
+    **dict.fromkeys(CONFIG, "checks values; every value that is used stands in params.yaml (tested below)"),
     "moe_core/training.py": "a protocol: types alone",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",

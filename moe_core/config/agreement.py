@@ -1,6 +1,6 @@
 """Whether sections of the parameters agree with each other, and with the model: looked at before any work.
 
-Each function raises ValueError that names the parameters, their values and the rule; `moe_core.config` calls them.
+Each function raises ValueError that names the parameters, their values and the rule; `moe_core.config.params` calls them.
 """
 
 from __future__ import annotations

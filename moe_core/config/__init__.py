@@ -1,0 +1,53 @@
+"""Typed parameters, one class a section of `params.yaml`.
+
+- The sections are what `params/` composes; a key that is not listed here is an error.
+- What cannot hold at once (r != r_s + n * r_n, top_k > n) is refused here, before any work.
+- Nothing here says where a run takes place: `compute` is the one section that no stage's identity includes.
+"""
+
+from moe_core.config.compute import ComputeConfig, ComputingStage, StageCompute
+from moe_core.config.data import KINDS, DataConfig, EmbeddedDataConfig, Kind, ShardConfig
+from moe_core.config.evaluation import ClassifierConfig, EvalConfig
+from moe_core.config.kd import KDConfig, KDStageConfig, Part
+from moe_core.config.model import (
+    LATENT_PATCH,
+    ModelConfig,
+    TeacherTrainingConfig,
+    TextConfig,
+    TransformerConfig,
+    VAEConfig,
+)
+from moe_core.config.params import Params
+from moe_core.config.section import parse
+from moe_core.config.sparse import MoBConfig, MoBGroupsConfig, MoBLevelConfig, MoEConfig
+from moe_core.config.training import OptimizerConfig, TimestepConfig
+
+__all__ = [
+    "KINDS",
+    "LATENT_PATCH",
+    "ClassifierConfig",
+    "ComputeConfig",
+    "ComputingStage",
+    "DataConfig",
+    "EmbeddedDataConfig",
+    "EvalConfig",
+    "KDConfig",
+    "KDStageConfig",
+    "Kind",
+    "MoBConfig",
+    "MoBGroupsConfig",
+    "MoBLevelConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Params",
+    "Part",
+    "ShardConfig",
+    "StageCompute",
+    "TeacherTrainingConfig",
+    "TextConfig",
+    "TimestepConfig",
+    "TransformerConfig",
+    "VAEConfig",
+    "parse",
+]

@@ -1,0 +1,48 @@
+"""Section `compute`: where and how a run takes place; no stage's identity includes it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_core.config.section import Section
+
+ComputingStage = Literal[
+    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "evaluate", "latency"
+]
+"""The stages that take from `compute`."""
+
+
+class StageCompute(Section):
+    """What one stage has otherwise than the others."""
+
+    num_workers: int | None = Field(None, ge=0)
+    cpus_per_worker: int | None = Field(None, gt=0)
+    use_gpu: bool | None = None
+
+
+class ComputeConfig(Section):
+    """Where and how a run takes place; never part of a stage's identity."""
+
+    num_workers: int = Field(1, ge=0, description="0 trains in the calling process: for unit tests only")
+    cpus_per_worker: int = Field(2, gt=0)
+    use_gpu: bool = False
+    expert_backend: Literal["auto", "loop", "grouped_mm", "megablocks"] = "auto"
+    checkpoint_every: int = Field(gt=0, description="steps between resume checkpoints")
+    log_every: int = Field(gt=0)
+    max_failures: int = Field(1, ge=0, description="worker crashes that Ray Train restarts from the last checkpoint")
+    stages: dict[ComputingStage, StageCompute] = Field(
+        default_factory=dict, description="stage (`mob_kd` for all its levels) -> what it has otherwise"
+    )
+
+    def of(self, stage: str) -> ComputeConfig:
+        """What a stage, named as DVC addresses it (`mob_kd@M`), has: its own values where `stages` gives some."""
+        own = {str(name): config.model_dump(exclude_none=True) for name, config in self.stages.items()}
+        return self.model_copy(update=own.get(stage.partition("@")[0], {}))
+
+    @property
+    def most_cpus(self) -> int:
+        """CPUs that the largest stage asks for."""
+        every = [self, *(self.of(str(stage)) for stage in self.stages)]
+        return max(max(each.num_workers, 1) * each.cpus_per_worker for each in every)

@@ -1,0 +1,53 @@
+"""Section `kd`: the distillation stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moe_core.config.section import Section
+from moe_core.config.training import OptimizerConfig, TimestepConfig
+
+Part = Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "all"]
+"""Parts of a student, as `kd.*.train` names them."""
+
+
+NOT_YET: Mapping[str, set[str]] = {
+    "shared_expert": {"experts", "router", "group_blocks", "block_router"},
+    "moe": {"group_blocks", "block_router"},
+}
+"""Parts that a stage's student does not have: they come with a later stage."""
+
+
+class KDStageConfig(Section):
+    """One distillation stage."""
+
+    optimizer: OptimizerConfig
+    lambda_feature: float = Field(1.0, ge=0)
+    lambda_balance: float = Field(1e-2, ge=0)
+    train: tuple[Part, ...] = Field(min_length=1, description="parts of the student whose weights change")
+    gradient_checkpointing: bool = False
+    validate_every: int = Field(gt=0)
+
+
+class KDConfig(Section):
+    """The distillation pipeline, Sec. 3.2."""
+
+    timesteps: TimestepConfig
+    validation_samples: int = Field(gt=0, description="fixed samples, noise and timesteps of the validation loss")
+    importance_batch_size: int = Field(gt=0)
+    joint: bool = Field(
+        False, description="moe_kd starts from the teacher instead of the trained shared experts (Table 5)"
+    )
+    shared_expert: KDStageConfig
+    moe: KDStageConfig
+    mob: KDStageConfig
+
+    @model_validator(mode="after")
+    def _parts_are_there(self) -> KDConfig:
+        for stage, missing in NOT_YET.items():
+            if absent := [part for part in getattr(self, stage).train if part in missing]:
+                raise ValueError(f"{stage}.train has {absent[0]}; the model of that stage has none yet")
+        return self

@@ -1,0 +1,39 @@
+"""The whole of `params.yaml`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from moe_core.config.agreement import check_blocks, check_levels, check_samples, check_widths, check_workers
+from moe_core.config.compute import ComputeConfig
+from moe_core.config.data import DataConfig
+from moe_core.config.evaluation import EvalConfig
+from moe_core.config.kd import KDConfig
+from moe_core.config.model import ModelConfig
+from moe_core.config.section import Section
+from moe_core.config.sparse import MoBConfig, MoEConfig
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    experiment: str
+    seed: int = Field(ge=0)
+    model: ModelConfig
+    data: DataConfig
+    moe: MoEConfig
+    mob: MoBConfig
+    kd: KDConfig
+    eval: EvalConfig
+    compute: ComputeConfig
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Params:
+        check_levels(self.mob)
+        check_samples(self)
+        check_workers(self)
+        if self.model.transformer is not None:
+            shape = self.model.transformer
+            check_blocks(self.moe, self.mob, shape.num_layers, shape.num_single_layers)
+            check_widths(self.moe, shape.num_attention_heads * shape.attention_head_dim)
+        return self
