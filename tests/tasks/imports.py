@@ -38,6 +38,6 @@ def direct(module: Path) -> tuple[Path, ...]:
         for name in names:
             path = ROOT / name.replace(".", "/")
             for file in (path.with_suffix(".py"), path / "__init__.py"):
-                if "." in name and name.split(".")[0] in PACKAGES and file.is_file():
+                if "." in name and name.split(".")[0] in PACKAGES and file.is_file() and file.read_bytes():
                     files.append(file)
     return tuple(files)
