@@ -29,6 +29,7 @@ PLUMBING = {
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",
     "tasks/progress.py": "how far a stage is; writes no out",
+    "tasks/leftovers.py": "refuses to run where something lies that no stage makes",
     "tasks/project.py": "where the checkout is",
     "tasks/places.py": "paths, which dvc.yaml has as well",
     "tasks/fingerprint.py": "hashes what is listed here",
