@@ -11,6 +11,7 @@ from moe_core.config.evaluation import ClassifierConfig, EvalConfig
 from moe_core.config.kd import KDConfig, KDStageConfig, Part
 from moe_core.config.model import (
     LATENT_PATCH,
+    LoRAConfig,
     ModelConfig,
     TeacherTrainingConfig,
     TextConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "KDConfig",
     "KDStageConfig",
     "Kind",
+    "LoRAConfig",
     "MoBConfig",
     "MoBGroupsConfig",
     "MoBLevelConfig",
