@@ -43,6 +43,9 @@ class Inputs:
     text_tokens: int
 
 
+NOTHING = Peak(0)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one step takes."""
@@ -50,7 +53,7 @@ class Cost:
     flops: int
     peak: Peak
     """of forward and backward pass"""
-    update: Peak = Peak(0)
+    update: Peak = NOTHING
     """of the optimizer's update"""
 
     @property
@@ -95,7 +98,7 @@ def kd_step(
             loss.backward()
             del loss, batch
             nn.utils.clip_grad_norm_(weights, stage.optimizer.grad_clip)
-            passed, memory.peak = memory.peak, Peak(0)
+            passed, memory.peak = memory.peak, NOTHING
             with memory.all_new_is(OPTIMIZER):
                 optimizer.step()
             # The update of the first step makes the optimizer's state; in every later pass that is there as well.

@@ -11,6 +11,7 @@ from moe_core.config.evaluation import ClassifierConfig, EvalConfig, EvaluatedMo
 from moe_core.config.kd import KDConfig, KDStageConfig, Part
 from moe_core.config.model import (
     LATENT_PATCH,
+    LoRAConfig,
     ModelConfig,
     TeacherTrainingConfig,
     TextConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "KDConfig",
     "KDStageConfig",
     "Kind",
+    "LoRAConfig",
     "MoBConfig",
     "MoBGroupsConfig",
     "MoBLevelConfig",

@@ -5,12 +5,8 @@ Each function raises ValueError that names the parameters, their values and the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from moe_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_core.config import EvaluatedModel, MoBConfig, MoEConfig, Params
@@ -154,21 +150,3 @@ def check_workers(params: Params) -> None:
                 f"{where}.batch_size is {optimizer.batch_size}; it must be a multiple of the {workers} workers of {stage}"
                 " (compute.num_workers)"
             )
-
-
-def check_teacher(folder: Path, moe: MoEConfig, mob: MoBConfig) -> None:
-    """A given teacher, a diffusers pipeline folder, must be a FLUX that these sections fit; raises ConfigError, with the file."""
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"model.path is {folder}, but {folder / 'model_index.json'} does not exist; it must be a diffusers pipeline folder"
-        )
-    file = folder / "transformer" / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        name = config.get("_class_name")
-        if name != "FluxTransformer2DModel":
-            raise ValueError(f"describes a {name}, not a FluxTransformer2DModel")
-        check_blocks(moe, mob, int(config["num_layers"]), int(config["num_single_layers"]))
-        check_widths(moe, int(config["num_attention_heads"]) * int(config["attention_head_dim"]))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{file}: {error}") from error

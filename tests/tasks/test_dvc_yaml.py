@@ -25,6 +25,9 @@ CONFIG = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "moe_core"
 PLUMBING = {
     "moe_core/errors.py": "messages",
     **dict.fromkeys(CONFIG, "checks values; every value that is used stands in params.yaml (tested below)"),
+    "moe_core/checkpoint.py": "refuses folders that are no whole checkpoint; what passes is read elsewhere",
+    "moe_core/flux_shapes.py": "what such a check compares with",
+    "moe_core/lora_shapes.py": "the same for a LoRA",
     "moe_core/training.py": "a protocol: types alone",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",
