@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D width, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from moe_core import losses
 from moe_core.config import KDStageConfig
 from moe_core.distill import KDBatch, KDStep, predict
 from moe_core.importance import ImportanceAccumulator
 from moe_core.memory import LiveMemory, Peak, parameters_and_buffers
 from moe_core.mob import BlockRouting, MoBGroup
-from moe_core.transformer import FluxMoETransformer2DModel
+from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 
 TEACHER, STUDENT, OPTIMIZER = "teacher", "student", "optimizer"
 
@@ -62,12 +63,15 @@ class Cost:
         return max(self.peak, self.update, key=lambda peak: peak.total)
 
 
+BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
 def kd_step(
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
     stage: KDStageConfig,
     inputs: Inputs,
-    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    build_optimizer: BuildOptimizer,
     *,
     frozen: torch.dtype,
     trained: torch.dtype,
@@ -78,39 +82,59 @@ def kd_step(
     in the first under autocast.
     """
     with _fake():
-        dense, sparse = _dense(teacher, frozen), _sparse(student, trained)
+        dense, sparse = _made(teacher, frozen), _made(student, trained)
         step = KDStep(sparse, dense, stage)
-        for parameter in sparse.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(frozen)
-        weights = [parameter for parameter in sparse.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(step)
-        memory = LiveMemory()
-        memory.watch(parameters_and_buffers(dense), TEACHER)
-        memory.watch(parameters_and_buffers(sparse), STUDENT)
-        memory.watch_gradients(weights)
+        lower_frozen(sparse, frozen)
         autocast = torch.autocast("cpu", frozen) if frozen != trained else nullcontext()
-        with memory, _Flops() as counter:
-            optimizer.zero_grad(set_to_none=True)
+
+        def loss() -> Tensor:
             batch = _batch(dense, inputs, frozen)
             with autocast:
-                loss = step(batch)["loss"]
-            loss.backward()
-            del loss, batch
-            nn.utils.clip_grad_norm_(weights, stage.optimizer.grad_clip)
-            passed, memory.peak = memory.peak, NOTHING
-            with memory.all_new_is(OPTIMIZER):
-                optimizer.step()
-            # The update of the first step makes the optimizer's state; in every later pass that is there as well.
-            state = memory.live[OPTIMIZER]
-        peak = Peak(passed.total + state, {**passed.by_kind, OPTIMIZER: state})
-        return Cost(counter.total, peak, memory.peak)
+                return step(batch)["loss"]
+
+        return _train(step, {TEACHER: dense, STUDENT: sparse}, loss, build_optimizer, stage.optimizer.grad_clip)
+
+
+def flow_step(config: Mapping[str, Any], inputs: Inputs, build_optimizer: BuildOptimizer, grad_clip: float) -> Cost:
+    """One step of training a transformer from nothing, in float32."""
+    with _fake():
+        model = _made(config, torch.float32)
+
+        def loss() -> Tensor:
+            batch = _batch(model, inputs, torch.float32)
+            return losses.distill_loss(predict(model, batch), batch.target).mean()
+
+        return _train(model, {TEACHER: model}, loss, build_optimizer, grad_clip)
+
+
+def _train(
+    trainee: nn.Module,
+    kinds: Mapping[str, nn.Module],
+    loss: Callable[[], Tensor],
+    build_optimizer: BuildOptimizer,
+    grad_clip: float,
+) -> Cost:
+    weights = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+    optimizer, memory = build_optimizer(trainee), LiveMemory()
+    for kind, module in kinds.items():
+        memory.watch(parameters_and_buffers(module), kind)
+    memory.watch_gradients(weights)
+    with memory, _Flops() as counter:
+        loss().backward()
+        nn.utils.clip_grad_norm_(weights, grad_clip)
+        passed, memory.peak = memory.peak, NOTHING
+        with memory.all_new_is(OPTIMIZER):
+            optimizer.step()
+        # The update of the first step makes the optimizer's state; in every later pass that is there as well.
+        state = memory.live[OPTIMIZER]
+    peak = Peak(passed.total + state, {**passed.by_kind, OPTIMIZER: state})
+    return Cost(counter.total, peak, memory.peak)
 
 
 def importance_pass(teacher: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype) -> Cost:
     """Forward and backward pass of a batch, with the per-sample scores of every FFN."""
     with _fake():
-        dense = _dense(teacher, dtype)
+        dense = _made(teacher, dtype)
         accumulator = ImportanceAccumulator(dense)
         return _pass(dense, TEACHER, lambda: accumulator.add_sums(_batch(dense, inputs, dtype)))
 
@@ -119,9 +143,39 @@ def importance_pass(teacher: Mapping[str, Any], inputs: Inputs, dtype: torch.dty
 def denoising_step(config: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype) -> Cost:
     """One call of a transformer, dense or sparse, as in sampling."""
     with _fake():
-        sparse = config.get("moe") is not None or config.get("mob") is not None
-        model = _sparse(config, dtype) if sparse else _dense(config, dtype)
-        return _pass(model.eval(), STUDENT if sparse else TEACHER, lambda: predict(model, _batch(model, inputs, dtype)))
+        model = _made(config, dtype).eval()
+        return _pass(model, STUDENT, lambda: predict(model, _batch(model, inputs, dtype)))
+
+
+def trained_parameters(config: Mapping[str, Any], parts: Iterable[str]) -> int:
+    """How many parameters of a sparse model `parts` are, see `FluxMoETransformer2DModel.set_trainable`."""
+    return _trained(_with_trainable(config, parts))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of sharding: what is gathered at once."""
+
+    parameters: int
+    trained: int
+
+
+def largest_unit(config: Mapping[str, Any], parts: Iterable[str]) -> Unit:
+    """The largest block or MoB group."""
+    model = _with_trainable(config, parts)
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    units = [Unit(sum(p.numel() for p in block.parameters()), _trained(block)) for block in blocks]
+    return max(units, key=lambda unit: unit.parameters)
+
+
+def _with_trainable(config: Mapping[str, Any], parts: Iterable[str]) -> FluxMoETransformer2DModel:
+    model = on_meta(config)
+    model.set_trainable(parts)
+    return model
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def call(build: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], kind: str) -> Cost:
@@ -139,14 +193,16 @@ def _pass(module: nn.Module, kind: str, run: Callable[[], Any]) -> Cost:
     return Cost(counter.total, memory.peak)
 
 
-def _dense(config: Mapping[str, Any], dtype: torch.dtype) -> FluxTransformer2DModel:
-    with _made_as(dtype):
-        return FluxTransformer2DModel.from_config(dict(config))
-
-
-def _sparse(config: Mapping[str, Any], dtype: torch.dtype) -> FluxMoETransformer2DModel:
+def _made(config: Mapping[str, Any], dtype: torch.dtype) -> FluxMoETransformer2DModel:
+    """A sparse or a dense transformer: a dense one is a sparse one without sparse parts."""
     with _made_as(dtype):
         return FluxMoETransformer2DModel.from_config(dict(config))
+
+
+def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
