@@ -51,6 +51,11 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
         raise CheckpointError(f"{folder}: {files} lack {len(missing)} tensors of the model, first {missing[0]}")
 
 
+def tensors_of(folder: Path) -> dict[Path, list[str]]:
+    """Each weight file with the names of its tensors. Raises CheckpointError where one is missing or truncated."""
+    return {path: list(_shapes(path)) for path in _weight_files(folder)}
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():

@@ -167,7 +167,8 @@ class KDStep(nn.Module):
                 balance_b = losses.moe_balance(routing.probs_TE, routing.indices_TK, probs)
                 # By the whole batch: inside a MoB group a router sees only the samples that were sent its way.
                 total = total + balance_b.sum() / len(distill_B)
-                experts.append(balance_b.mean())
+                if len(balance_b):
+                    experts.append(balance_b.mean())
         for name, choice in actual.block_routings.items():
             if self._trained(name):
                 probs = self.student.config.mob["balance_probs"]
