@@ -13,6 +13,7 @@ it: `MoBGroup.every_block` is set here.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,8 @@ def shard_flux(model: FluxTransformer2DModel, mesh: DeviceMesh, compute_dtype: t
         # FSDP2 takes equal parts only, along any but the first dimension.
         return None if dim is None or parameter.shape[dim] % mesh.size() else Shard(dim)
 
+    # Blocks return views, and nothing changes those in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Gradients are summed in fp32. Inputs keep their type: a timestep in bf16 would be another one.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32 if compute_dtype else None, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)

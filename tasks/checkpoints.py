@@ -13,12 +13,13 @@ the safetensors headers, as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,11 +27,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe_core.dtensors import is_sharded
 from moe_core.errors import CheckpointError
 from tasks import outs
-from tasks.optimizer import Average
+from tasks.optimizer import Average, restored, stored
 from tasks.worker import Worker
 
 KEPT = 2
@@ -63,7 +65,7 @@ def save(
     worker.barrier()
     tensors = _state(module, optimizer, average)
     if is_sharded(module):
-        with _dcp_at_work():
+        with _quiet():
             dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
         worker.barrier()
     elif worker.rank == 0:
@@ -100,9 +102,9 @@ def newest(folder: Path, worker: Worker = ALONE) -> tuple[Path | None, list[str]
 def check(checkpoint: Path, worker: Worker = ALONE) -> int:
     """The step of a checkpoint; raises CheckpointError, in every worker, unless it is whole."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads(worker.told(_text(checkpoint / "manifest.json")))
         step, hashes = int(manifest["step"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} has no readable manifest.json: {error!r}") from error
     there = _hashes(checkpoint, worker)
     for name, expected in hashes.items():
@@ -117,9 +119,7 @@ def check(checkpoint: Path, worker: Worker = ALONE) -> int:
     return step
 
 
-def load(
-    checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
-) -> None:
+def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None) -> None:
     """Puts parameters, optimizer state and moving average back: bit for bit, whatever number of workers wrote them.
 
     Raises CheckpointError where the names or shapes are not those of `module`.
@@ -143,7 +143,8 @@ def load(
                 # A step counter stays on the CPU, where AdamW keeps it; moments follow their parameter.
                 place = torch.device("cpu") if tensor.dim() == 0 else parameters[name].device
                 # Copied: a tensor mapped from a file may start at any byte, and CPU kernels then round otherwise.
-                state.setdefault(parameters[name], {})[key] = tensor.to(place, copy=True)
+                value = restored(optimizer, parameters[name], key, tensor.to(place, copy=True))
+                state.setdefault(parameters[name], {})[key] = value
     for parameter, values in state.items():
         optimizer.state[parameter] = values
 
@@ -153,16 +154,19 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer, average: Average
     for name, parameter in trained(module).items():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            tensors[f"optimizer.{key}.{name}"] = stored(value)
     if average is not None:
         tensors |= {f"average.{name}": weight for name, weight in average.weights.items()}
     return tensors
 
 
-def _read_slices(checkpoint: Path, parameters: Mapping[str, nn.Parameter], average: Average | None) -> dict[str, Tensor]:
+def _read_slices(
+    checkpoint: Path, parameters: Mapping[str, nn.Parameter], average: Average | None
+) -> dict[str, Tensor]:
     """Each worker's parts of the tensors of a checkpoint, placed as the parameters are."""
     reader = HuggingFaceStorageReader(str(checkpoint))
-    there = reader.read_metadata().state_dict_metadata
+    found = reader.read_metadata().state_dict_metadata
+    there = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
     _check_fits(checkpoint, {name: entry.size for name, entry in there.items()}, parameters, average)
     tensors: dict[str, Tensor] = {}
     for name, entry in there.items():
@@ -170,7 +174,7 @@ def _read_slices(checkpoint: Path, parameters: Mapping[str, nn.Parameter], avera
         dtype = entry.properties.dtype
         same = entry.size == parameter.shape
         tensors[name] = torch.zeros_like(parameter, dtype=dtype) if same else torch.zeros(entry.size, dtype=dtype)
-    with _dcp_at_work():
+    with _quiet():
         dcp.load(tensors, storage_reader=reader)
     return tensors
 
@@ -210,12 +214,18 @@ def _hashes(folder: Path, worker: Worker) -> dict[str, str]:
     return {name: value for found in worker.gathered(mine) for name, value in found.items()}
 
 
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _dcp_at_work() -> warnings.catch_warnings:  # type: ignore[type-arg]
-    """A context without DCP's word that it works in one process, where it does."""
-    context = warnings.catch_warnings(action="ignore", category=UserWarning, module="torch.distributed.checkpoint")
-    return context
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's word that it works in one process, where it does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")
+        yield

@@ -127,8 +127,7 @@ class _Loop:
         started = time.monotonic()
         # Nothing should draw from the global generator; if something does, it draws by step and rank.
         torch.manual_seed(self.seed + step * self.worker.size + self.worker.rank)
-        for group in optim.param_groups:
-            group["lr"] = optimizer.learning_rate(config, step)
+        optimizer.set_rate(optim, optimizer.learning_rate(config, step))
         optim.zero_grad(set_to_none=True)
         found: list[dict[str, Tensor]] = []
         for positions in self._micro_batches(step):
@@ -151,7 +150,7 @@ class _Loop:
     def _summing(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP sums gradients over ranks with the last micro batch. A sharded model does with each: unsummed ones have no shards."""
         if isinstance(module, DistributedDataParallel) and not last:
-            return module.no_sync()  # type: ignore[no-any-return]
+            return module.no_sync()
         return contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
@@ -162,7 +161,7 @@ class _Loop:
         if not self.pending:
             return
         names = list(self.pending[0][1])
-        values = torch.stack([torch.stack([record[name].float() for name in names]) for _, record, _ in self.pending])
+        values = torch.stack([torch.stack([record[name].double() for name in names]) for _, record, _ in self.pending])
         rows = self.worker.mean(values).tolist()
         records = [
             {"split": "train", "step": step, **dict(zip(names, row, strict=True)), "seconds": round(seconds, 4)}
@@ -193,9 +192,7 @@ class _Loop:
                 # Before a checkpoint stands, the metrics up to it do.
                 os.fsync(file.fileno())
 
-    def _restore(
-        self, module: nn.Module, optim: torch.optim.Optimizer, average: optimizer.Average | None
-    ) -> int:
+    def _restore(self, module: nn.Module, optim: torch.optim.Optimizer, average: optimizer.Average | None) -> int:
         """Loads the newest whole checkpoint, the same one on every rank; returns its step, 0 without one."""
         found, broken = checkpoints.newest(self.folder, self.worker)
         if self.worker.rank == 0:

@@ -36,7 +36,10 @@ class OptimizerConfig(Section):
         description="bf16: computed, and frozen weights kept, in bf16; what trains keeps fp32 masters; the product is bf16",
     )
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="decay of the trained weights' moving average, which is validated and saved; null: none"
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the trained weights' moving average, which is validated and saved; null: none",
     )
 
     @model_validator(mode="after")
@@ -48,7 +51,9 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> OptimizerConfig:
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise ValueError(f"micro_batch is {self.micro_batch}; it must divide batch_size, which is {self.batch_size}")
+            raise ValueError(
+                f"micro_batch is {self.micro_batch}; it must divide batch_size, which is {self.batch_size}"
+            )
         return self
 
     @property

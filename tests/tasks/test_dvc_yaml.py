@@ -26,6 +26,8 @@ PLUMBING = {
     "moe_core/errors.py": "messages",
     **dict.fromkeys(CONFIG, "checks values; every value that is used stands in params.yaml (tested below)"),
     "moe_core/training.py": "a protocol: types alone",
+    "moe_core/dtensors.py": "where weights lie (tested: equal to one worker's)",
+    "moe_core/sharding.py": "the same",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",
     "tasks/progress.py": "how far a stage is; writes no out",
