@@ -66,6 +66,11 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
         raise CheckpointError(f"{folder}: {names} lack {len(missing)} tensors of the model, first {missing[0]}")
 
 
+def tensors_of(folder: Path) -> dict[Path, list[str]]:
+    """Each weight file with the names of its tensors. Raises CheckpointError where one is missing or truncated."""
+    return {path: list(read_floats(path)) for path in weight_files(folder)}
+
+
 def weight_files(folder: Path, weights: str = WEIGHTS) -> list[Path]:
     """The files of `weight_names`. Raises CheckpointError if one is not there."""
     files = [folder / name for name in weight_names(folder, weights)]

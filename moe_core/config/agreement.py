@@ -145,8 +145,9 @@ def check_workers(params: Params) -> None:
         ]
     for stage, where, optimizer in batches:
         workers = params.compute.of(stage).num_workers
-        if workers and optimizer.batch_size % workers:
+        if workers and optimizer.at_once % workers:
+            key = "batch_size" if optimizer.micro_batch is None else "micro_batch"
             raise ValueError(
-                f"{where}.batch_size is {optimizer.batch_size}; it must be a multiple of the {workers} workers of {stage}"
+                f"{where}.{key} is {optimizer.at_once}; it must be a multiple of the {workers} workers of {stage}"
                 " (compute.num_workers)"
             )

@@ -29,6 +29,8 @@ PLUMBING = {
     "moe_core/flux_shapes.py": "what such a check compares with",
     "moe_core/lora_shapes.py": "the same for a LoRA",
     "moe_core/training.py": "a protocol: types alone",
+    "moe_core/dtensors.py": "where weights lie (tested: equal to one worker's)",
+    "moe_core/sharding.py": "the same",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",
     "tasks/progress.py": "how far a stage is; writes no out",
