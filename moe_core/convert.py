@@ -60,12 +60,11 @@ def ffn_names(model: FluxTransformer2DModel, dense_double_blocks: Collection[int
 
 def dense_ffn(name: str, width: int) -> DenseFFN:
     """The teacher's tensors of an FFN, by its name in `ffn_names`; `width` is the model's."""
-    parent, _, branch = name.rpartition(".")
+    block, _, branch = name.rpartition(".")
     if branch == "moe":
-        names = (f"{parent}.{tensor}" for tensor in ("proj_mlp.weight", "proj_mlp.bias", "proj_out.weight"))
-        return DenseFFN(*names, b2=None, first=width)
-    tensors = ("0.proj.weight", "0.proj.bias", "2.weight", "2.bias")
-    return DenseFFN(*(f"{name}.net.{tensor}" for tensor in tensors), first=0)
+        return DenseFFN(f"{block}.proj_mlp.weight", f"{block}.proj_mlp.bias", f"{block}.proj_out.weight", None, width)
+    first, second = f"{name}.net.0.proj", f"{name}.net.2"
+    return DenseFFN(f"{first}.weight", f"{first}.bias", f"{second}.weight", f"{second}.bias", 0)
 
 
 def split_segments(

@@ -29,17 +29,22 @@ def flush_tree(folder: Path) -> None:
     flush_folder(folder)
 
 
+def partial(path: Path) -> Path:
+    """The folder that becomes `path`, while it is not whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends without an error; an older `path` is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    yield partial
-    flush_tree(partial)
+    unfinished = partial(path)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir()
+    yield unfinished
+    flush_tree(unfinished)
     if path.exists():
         shutil.rmtree(path)
-    partial.rename(path)
+    unfinished.rename(path)
     flush_folder(path.parent)

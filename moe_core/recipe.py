@@ -58,10 +58,10 @@ class Recipe:
         """The student's tensor `name` is `make` of the sources' tensors `reads`. Raises CheckpointError if one of them is unknown, or `name` is
         made already."""
         made = Made(tuple(reads), make)
-        if name in self.made or name not in self.shapes:
-            raise CheckpointError(
-                f"conversion makes {name} {'twice' if name in self.made else ', which the student does not have'}"
-            )
+        if name in self.made:
+            raise CheckpointError(f"conversion makes {name} twice")
+        if name not in self.shapes:
+            raise CheckpointError(f"conversion makes {name}, which the student does not have")
         for ref in made.reads:
             if ref not in self._known:
                 raise CheckpointError(f"conversion needs {ref}, which is not there")
