@@ -2,8 +2,8 @@
 memory.
 
 - Activated: every weight that takes part in one forward pass of one token (MoE) and one sample (MoB).
-- Activated by the paper's convention: the same without the text branch's FFN (`ff_context`) of converted double blocks.
-  So counted, its Table 1 comes out (5.15, 4.01, 3.19, 2.64 B).
+- Activated by the paper's convention: the same without the expert matrices of the text branch (`ff_context`) of converted
+  double blocks. So counted, its Table 1 comes out to two decimals (5.15, 4.01, 3.19, 2.64 B).
 - FLOPs: two a multiply-add, matrix products and attention only, as `torch.utils.flop_counter` counts; that one sees no
   grouped products. The paper's figures come nearest if attention's products count once a multiply-add.
 """
@@ -85,19 +85,18 @@ def count(model: FluxTransformer2DModel | Mapping[str, Any]) -> Counts:
     modules: dict[str, ModuleCount] = {}
     text_branch = 0.0
 
-    def add(kind: str, module: nn.Module, share: float, activated: int | None = None) -> float:
+    def add(kind: str, module: nn.Module, share: float, activated: int | None = None) -> None:
         total = _size(module)
         active = share * (total if activated is None else activated)
         old = modules.get(kind, ModuleCount())
         modules[kind] = ModuleCount(old.total + total, old.activated + active)
-        return active
 
     for kind, block, share in _blocks(model):
         for name, module in block.named_children():
             if isinstance(module, MoELayer):
                 branch = "ffn_context" if name == "ff_context" else "ffn"
-                active = add(f"{kind}.{branch}", module, share, _active_size(module))
-                text_branch += active if name == "ff_context" else 0
+                add(f"{kind}.{branch}", module, share, _active_size(module))
+                text_branch += share * _ffn_matrices(module) if name == "ff_context" else 0
             elif kind == "single" and name == "proj_out" and isinstance(module, nn.Linear):
                 _add_dense_proj_out(modules, module, share)
             else:
@@ -196,10 +195,13 @@ def _ffn_products(ffn: nn.Module) -> int:
     """Multiply-adds of an FFN or MoE layer a token."""
     if not isinstance(ffn, MoELayer):
         return _matrices(ffn)
-    products = _matrices(ffn.shared)
-    if ffn.top_k:
-        products += ffn.router.weight.numel() + (ffn.w1_EFD.numel() + ffn.w2_EDF.numel()) * ffn.top_k // ffn.num_experts
-    return products
+    return _ffn_matrices(ffn) + (ffn.router.weight.numel() if ffn.top_k else 0)
+
+
+def _ffn_matrices(layer: MoELayer) -> int:
+    """Weights of the active experts' matrices."""
+    normal = layer.w1_EFD.numel() + layer.w2_EDF.numel() if layer.top_k else 0
+    return _matrices(layer.shared) + normal * layer.top_k // max(layer.num_experts, 1)
 
 
 def _rows(kind: str, name: str, image_tokens: int, text_tokens: int) -> int:

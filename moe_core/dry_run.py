@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D width, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from moe_core.distill import KDBatch, KDStep, predict
 from moe_core.importance import ImportanceAccumulator
 from moe_core.memory import LiveMemory, Peak, parameters_and_buffers
 from moe_core.mob import BlockRouting, MoBGroup
+from moe_core.sharding import lower_frozen
 from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 
 TEACHER, STUDENT, OPTIMIZER = "teacher", "student", "optimizer"
@@ -73,23 +74,21 @@ def kd_step(
     inputs: Inputs,
     build_optimizer: BuildOptimizer,
     *,
-    frozen: torch.dtype,
-    trained: torch.dtype,
+    dtype: torch.dtype,
+    masters: torch.dtype,
 ) -> Cost:
     """One distillation step that is not the first: the optimizer has its state.
 
-    `teacher`, `student`: configurations. `frozen`, `trained`: types of the weights; where they differ, the pass is computed
-    in the first under autocast.
+    `teacher`, `student`: configurations. `dtype`: what is computed in, and frozen weights are kept in; `masters`: the trained ones.
     """
     with _fake():
-        dense, sparse = _made(teacher, frozen), _made(student, trained)
+        dense, sparse = _made(teacher, dtype), _made(student, masters)
         step = KDStep(sparse, dense, stage)
-        lower_frozen(sparse, frozen)
-        autocast = torch.autocast("cpu", frozen) if frozen != trained else nullcontext()
+        lower_frozen(sparse, dtype)
 
         def loss() -> Tensor:
-            batch = _batch(dense, inputs, frozen)
-            with autocast:
+            batch = _batch(dense, inputs, dtype)
+            with _computing_in(dtype):
                 return step(batch)["loss"]
 
         return _train(step, {TEACHER: dense, STUDENT: sparse}, loss, build_optimizer, stage.optimizer.grad_clip)
@@ -136,7 +135,8 @@ def importance_pass(teacher: Mapping[str, Any], inputs: Inputs, dtype: torch.dty
     with _fake():
         dense = _made(teacher, dtype)
         accumulator = ImportanceAccumulator(dense)
-        return _pass(dense, TEACHER, lambda: accumulator.add_sums(_batch(dense, inputs, dtype)))
+        with _computing_in(dtype):
+            return _pass(dense, TEACHER, lambda: accumulator.add_sums(_batch(dense, inputs, dtype)))
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def denoising_step(config: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype
     """One call of a transformer, dense or sparse, as in sampling."""
     with _fake():
         model = _made(config, dtype).eval()
-        return _pass(model, STUDENT, lambda: predict(model, _batch(model, inputs, dtype)))
+        return _pass(model, STUDENT, lambda: predict(model, _batch(model, inputs, dtype).to(dtype)))
 
 
 def trained_parameters(config: Mapping[str, Any], parts: Iterable[str]) -> int:
@@ -199,10 +199,8 @@ def _made(config: Mapping[str, Any], dtype: torch.dtype) -> FluxMoETransformer2D
         return FluxMoETransformer2DModel.from_config(dict(config))
 
 
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+def _computing_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
 
 @contextmanager
@@ -215,21 +213,22 @@ def _made_as(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _batch(model: FluxTransformer2DModel, inputs: Inputs, dtype: torch.dtype) -> KDBatch:
+def _batch(model: FluxTransformer2DModel, inputs: Inputs, text: torch.dtype) -> KDBatch:
+    # As `sampling.prepare_batch` makes it: text features come as their encoders give them, all else in float32.
     config, samples = model.config, inputs.samples
 
-    def empty(*shape: int) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
 
     return KDBatch(
         latents=empty(samples, inputs.image_tokens, config.in_channels),
         noise=empty(samples, inputs.image_tokens, config.in_channels),
-        sigma=torch.empty(samples, dtype=torch.float32),
-        prompt_embeds=empty(samples, inputs.text_tokens, config.joint_attention_dim),
-        pooled=empty(samples, config.pooled_projection_dim),
-        img_ids=torch.empty(inputs.image_tokens, 3, dtype=torch.float32),
-        txt_ids=torch.empty(inputs.text_tokens, 3, dtype=torch.float32),
-        guidance=torch.empty(samples, dtype=torch.float32) if config.guidance_embeds else None,
+        sigma=empty(samples),
+        prompt_embeds=empty(samples, inputs.text_tokens, config.joint_attention_dim, dtype=text),
+        pooled=empty(samples, config.pooled_projection_dim, dtype=text),
+        img_ids=empty(inputs.image_tokens, 3),
+        txt_ids=empty(inputs.text_tokens, 3, dtype=text),
+        guidance=empty(samples) if config.guidance_embeds else None,
     )
 
 

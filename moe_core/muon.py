@@ -116,7 +116,7 @@ class Muon(Optimizer):
         for weight in weights:
             state = self.state[weight]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.tensor(0.0)
                 state["mean"], state["square"] = torch.zeros_like(weight), torch.zeros_like(weight)
             state["step"] += 1
             count = float(state["step"])

@@ -43,7 +43,9 @@ class StageCost:
     disk: float = 0.0
     """bytes of its outs, and of its checkpoints while it trains"""
     parameters: accounting.Counts | None = None
-    """of the model that it makes"""
+    """of the model that it makes or judges"""
+    step_flops: float = 0.0
+    """of one call of that model, for one picture"""
     gpus: int = 1
 
     @property
@@ -106,7 +108,7 @@ class Costs:
         state = self._checkpoint(config, counts.total)
         return StageCost(
             "teacher", f"{config.steps} steps of {config.batch_size}", steps * cost.flops, cost.most.by_kind, disk + state, counts,
-            self._gpus("teacher"),
+            gpus=self._gpus("teacher"),
         )  # fmt: skip
 
     def shard(self) -> StageCost:
@@ -116,9 +118,7 @@ class Costs:
         count, size = known or 1000, shard.batch_size
         side = model.resolution
         shape = (size, 3, side, side)
-        cost = dry_run.call(
-            self.teacher.build_vae, lambda vae: vae.encode(torch.empty(shape)).latent_dist.mode(), "vae"
-        )
+        cost = dry_run.call(self.teacher.build_vae, partial(_encode, shape), "vae")
         latent = self.image_tokens * int(self.teacher.transformer["in_channels"]) * torch.float32.itemsize
         return StageCost(
             "shard", f"{count} pictures" + ("" if known else " (each thousand)"), cost.flops * count / size,
@@ -145,10 +145,10 @@ class Costs:
         # Sharded weights are gathered in the precision computed in; otherwise the masters themselves are used.
         cost = dry_run.kd_step(
             self.teacher.transformer, config, stage, self._inputs(local), partial(optimizer.build, optim),
-            frozen=low, trained=low if sharded else torch.float32,
+            dtype=low, masters=low if sharded else torch.float32,
         )  # fmt: skip
         counts, trained = accounting.count(config), dry_run.trained_parameters(config, stage.train)
-        memory = dict(cost.most.by_kind)
+        memory: dict[str, float] = dict(cost.most.by_kind)
         text_flops, text_memory = self._text(low)
         if sharded:
             memory = self._sharded(cost, config, stage, compute.num_workers, low)
@@ -165,7 +165,7 @@ class Costs:
         flops = samples * (cost.flops / local + text_flops) + validations * once
         disk = counts.total * low.itemsize + self._checkpoint(optim, trained)
         work = f"{optim.steps} steps of {optim.batch_size}, {local} at once on a GPU"
-        return StageCost(name, work, flops, memory, disk, counts, self._gpus(name))
+        return StageCost(name, work, flops, memory, disk, counts, gpus=self._gpus(name))
 
     def evaluation(self, name: str) -> StageCost:
         """Pictures of all prompts, and the validation loss."""
@@ -175,7 +175,7 @@ class Costs:
         text_flops, text_memory = self._text(self.given)
         side = self.image_tokens**0.5 * 2
         shape = (min(size, prompts), int(self.teacher.vae["latent_channels"]), int(side), int(side))
-        decode = dry_run.call(self.teacher.build_vae, lambda vae: vae.decode(torch.empty(shape)).sample, "vae")
+        decode = dry_run.call(self.teacher.build_vae, partial(_decode, shape), "vae")
         picture = params.model.num_inference_steps * step.flops / min(size, prompts) + text_flops
         flops = prompts * (picture + decode.flops / shape[0])
         weights = sum(bytes_ for kind, bytes_ in step.most.by_kind.items() if kind != ACTIVATIONS)
@@ -191,8 +191,9 @@ class Costs:
         counts = accounting.count(self.configs[name])
         work = f"{prompts} pictures of {params.model.num_inference_steps} steps, {size} at once"
         return StageCost(
-            f"evaluate@{name}", work, flops + validation, memory, parameters=counts, gpus=self._gpus("evaluate")
-        )
+            f"evaluate@{name}", work, flops + validation, memory, parameters=counts,
+            step_flops=self._flops(self.configs[name]), gpus=self._gpus("evaluate"),
+        )  # fmt: skip
 
     # -- pieces
 
@@ -254,3 +255,11 @@ class Costs:
 
 def _blocks(config: Mapping[str, Any]) -> int:
     return max(int(config["num_layers"]), int(config["num_single_layers"]))
+
+
+def _encode(shape: tuple[int, ...], vae: Any) -> Any:
+    return vae.encode(torch.empty(shape)).latent_dist.mode()
+
+
+def _decode(shape: tuple[int, ...], vae: Any) -> Any:
+    return vae.decode(torch.empty(shape)).sample

@@ -48,7 +48,7 @@ def dense_flops() -> int:
 def test_flux1_levels_are_the_papers_table_1(single_groups, paper, activated, flops_ratio, dense_flops):
     config = level(single_groups)
     counts = accounting.count(config)
-    assert counts.activated_paper / 1e9 == pytest.approx(paper, abs=0.006)
+    assert round(counts.activated_paper / 1e9, 2) == paper
     assert counts.activated / 1e9 == pytest.approx(activated, abs=0.005)
     assert counts.total / 1e9 == pytest.approx(8.90, abs=0.005)
     assert accounting.flops(config, 4096, 512).total / dense_flops == pytest.approx(flops_ratio, abs=0.001)
@@ -133,7 +133,7 @@ def test_counts_by_hand():
     assert counts.total == sum(p.numel() for p in moe.parameters())
     layer = 10 * (32 * 8 * 2 + 8)  # ten idle experts of width 8
     assert counts.total - counts.activated == layer * (4 * 2 + 6)
-    context = 32 * 32 * 2 + 32 * 2 + 12 * 32 + 2 * (32 * 8 * 2 + 8)
+    context = 32 * 32 * 2 + 2 * (32 * 8 * 2)  # matrices of the shared and of two normal experts
     assert counts.activated - counts.activated_paper == 4 * context
     assert sum(m.total for m in counts.by_module.values()) == counts.total
     moe.set_top_k(0)
