@@ -120,7 +120,7 @@ def _copy(old: BinaryIO, new: BinaryIO, size: int) -> None:
 
 def _normalised(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
     """Matrices by diffusers' names; alphas by layer, where tensors give them; PEFT's settings, where the file has them."""
-    if all(name.startswith(PEFT_PREFIX) for name in tensors) and not any(
+    if any(name.startswith(PEFT_PREFIX) for name in tensors) and not any(
         name.startswith(BFL_BLOCKS) for name in tensors
     ):
         # PEFT's own file. diffusers takes this prefix for that of a trainer that names the blocks as Black Forest Labs do.
