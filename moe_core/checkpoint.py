@@ -18,15 +18,21 @@ from moe_core.errors import CheckpointError
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-FLOATS = ("F64", "F32", "BF16", "F16")
+FLOATS = ("F32", "BF16", "F16")
 """Number formats of weights, as safetensors names them."""
 
 
 class Stored(NamedTuple):
-    """What a file's header says of a tensor."""
+    """Where a tensor lies."""
 
+    path: Path
     dtype: str
+    """as safetensors calls it: `BF16`"""
     shape: tuple[int, ...]
+    start: int
+    """first byte in the file"""
+    end: int
+    """the byte after the last"""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -36,34 +42,70 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that the folder's safetensors files hold exactly the expected tensors (name -> shape). Reads headers only.
+def stored(folder: Path, weights: str = WEIGHTS) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors files. Reads headers only.
 
-    Raises CheckpointError naming the file and the tensor: a file is missing or truncated, a tensor is missing, unknown,
-    stands in two files, has another shape or no floating-point numbers.
+    Raises CheckpointError naming the file, and the tensor: a file is missing, truncated or outside the folder, a tensor lies in two files, or
+    not in the one that the index names.
     """
-    files = weight_files(folder)
-    found: set[str] = set()
-    for path in files:
-        for name, stored in read_floats(path).items():
-            if name not in expected:
-                raise CheckpointError(
-                    f"{path}: tensor {name} belongs to no parameter of the model that {folder / CONFIG} describes"
-                )
-            if stored.shape != expected[name]:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has shape {list(stored.shape)}; the model that {folder / CONFIG} describes has"
-                    f" {list(expected[name])}"
-                )
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder, weights):
+        for name, tensor in read_header(path).items():
             if name in found:
-                raise CheckpointError(
-                    f"{path}: tensor {name} stands in another file of {folder} as well; it must be in one"
-                )
-            found.add(name)
-    missing = sorted(expected.keys() - found)
+                raise CheckpointError(f"{path}: tensor {name} is also in {found[name].path.name}")
+            found[name] = tensor
+    for name, file in (_weight_map(folder, weights) or {}).items():
+        if name not in found or found[name].path.name != file:
+            raise CheckpointError(f"{folder / weights}.index.json: says that tensor {name} is in {file}, but it is not")
+    return found
+
+
+def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Checks that the folder's safetensors files hold exactly the expected tensors (name -> shape); returns where they lie.
+
+    Raises CheckpointError as `stored`, and where a tensor is missing, unknown, or of another shape.
+    """
+    found = stored(folder)
+    for name, tensor in found.items():
+        if name not in expected:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} belongs to no parameter of the model that {folder / CONFIG} describes"
+            )
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}; the model that {folder / CONFIG} describes has"
+                f" {list(expected[name])}"
+            )
+    missing = sorted(expected.keys() - found.keys())
     if missing:
-        names = ", ".join(path.name for path in files)
-        raise CheckpointError(f"{folder}: {names} lack {len(missing)} tensors of the model, first {missing[0]}")
+        files = ", ".join(weight_names(folder))
+        raise CheckpointError(f"{folder}: {files} lack {len(missing)} tensors of the model, first {missing[0]}")
+    return found
+
+
+def check_precision(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    """A model must be in one format, or partly in F32, and a layer's tensors in the same; raises CheckpointError that names one which is not."""
+    halves: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    check_floats(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != "F32":
+            halves.setdefault(tensor.dtype, name)
+        other = modules.setdefault(name.rpartition(".")[0], name)
+        if tensors[other].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} is {tensor.dtype}, but {other} of the same layer is {tensors[other].dtype}"
+            )
+    if len(halves) == 2:
+        found = " and ".join(f"{name} is {dtype}" for dtype, name in halves.items())
+        raise CheckpointError(f"{folder}: {found}; a model may be in one of these, or partly in F32")
+
+
+def check_floats(tensors: Mapping[str, Stored]) -> None:
+    """Raises CheckpointError for the first tensor that is in none of `FLOATS`: integers, quantized weights."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{tensor.path}: tensor {name} is {tensor.dtype}; it must be {', '.join(FLOATS)}")
 
 
 def weight_files(folder: Path, weights: str = WEIGHTS) -> list[Path]:
@@ -81,38 +123,26 @@ def weight_names(folder: Path, weights: str = WEIGHTS) -> list[str]:
 
     Raises CheckpointError if the index is broken or points out of the folder.
     """
-    index = folder / f"{weights}.index.json"
-    if not index.exists():
-        return [weights]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if name != Path(name).name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: names the file '{name}'; it must be a .safetensors file beside the index")
-    return names
+    weight_map = _weight_map(folder, weights)
+    return [weights] if weight_map is None else sorted(set(weight_map.values()))
 
 
-def read_floats(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, by its header.
-
-    Raises CheckpointError for a file that is none, is cut off, or has a tensor of another format than `FLOATS`.
-    """
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file. Raises CheckpointError for a file that is none or is cut off."""
     try:
         # "np": asks for nothing of torch, and headers are the same.
-        with safe_open(path, framework="np") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-            found = {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        with safe_open(path, framework="np"):
+            pass  # the library checks that the header is sound and fits the file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: is not a whole safetensors file ({error})") from error
-    for name, stored in found.items():
-        if stored.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{path}: tensor {name} is stored as {stored.dtype}; weights must be one of {', '.join(FLOATS)},"
-                " quantized ones cannot be converted"
-            )
-    return found
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,3 +156,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; it must be an object")
     return value
+
+
+def _weight_map(folder: Path, weights: str) -> dict[str, str] | None:
+    """The index: tensor -> file; None if there is none."""
+    index = folder / f"{weights}.index.json"
+    if not index.exists():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name, file in weight_map.items():
+        # A plain name: whoever made the index must not choose which of the reader's files is opened.
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{index}: says that tensor {name} is in {file!r}; it must be a file name in this folder"
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: says that tensor {name} is in {file!r}; it must be a .safetensors file")
+    return weight_map

@@ -165,23 +165,27 @@ def test_a_whole_one_passes(whole: Path) -> None:
         ),
         (
             lambda f: rewrite(f, BIAS, lambda t: t.to(torch.int32)),
-            f"tensor {BIAS} is stored as I32; weights must be one of F64",
+            f"tensor {BIAS} is I32; it must be F32, BF16, F16",
         ),
-        (lambda f: rewrite(f, BIAS, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {BIAS} is stored as F8_E4M3"),
+        (lambda f: rewrite(f, BIAS, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {BIAS} is F8_E4M3; it must be F32"),
+        (
+            lambda f: rewrite(f, BIAS, lambda t: t.bfloat16()),
+            f"tensor {BIAS} is BF16, but {BIAS.replace('bias', 'weight')} of the same layer is F32",
+        ),
         (lambda f: rewrite(f, BIAS, lambda t: t[:5]), rf"tensor {BIAS} has shape \[5\]; .* has \[32\]"),
-        (lambda f: rewrite(f, BIAS, lambda t: None), f"lack 1 tensors of the model, first {BIAS}"),
+        (lambda f: rewrite(f, BIAS, lambda t: None), rf"index.json: says that tensor {BIAS} is in \S+, but it is not"),
         (
             lambda f: edit(
                 f / "transformer/diffusion_pytorch_model.safetensors.index.json",
                 weight_map={BIAS: "../vae/x.safetensors"},
             ),
-            "names the file '../vae/x.safetensors'; it must be a .safetensors file beside the index",
+            "is in '../vae/x.safetensors'; it must be a file name in this folder",
         ),
         (
             lambda f: edit(
                 f / "transformer/diffusion_pytorch_model.safetensors.index.json", weight_map={BIAS: "x.bin"}
             ),
-            "names the file 'x.bin'; it must be a .safetensors file",
+            "is in 'x.bin'; it must be a .safetensors file",
         ),
     ],
 )
@@ -193,11 +197,12 @@ def test_a_folder_that_is_none_is_refused(folder: Path, damage: Callable[[Path],
 
 def test_without_guidance_the_scale_must_be_null(folder: Path) -> None:
     edit(folder / "transformer/config.json", guidance_embeds=False)
-    for name in json.loads((folder / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())[
-        "weight_map"
-    ]:
+    index = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for name in weight_map:
         if "guidance_embedder" in name:
             rewrite(folder, name, lambda t: None)
+    edit(index, weight_map={name: file for name, file in weight_map.items() if "guidance_embedder" not in name})
     check_given(given(folder, model__guidance_scale=None))
 
 

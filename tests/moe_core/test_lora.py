@@ -275,7 +275,7 @@ def without(name: str) -> Tensors:
             plain({"x_embedder": (torch.full((3, 8), torch.nan), torch.zeros(32, 3))}),
             "x_embedder.lora_A.weight has values that are infinite or not a number",
         ),
-        (plain({"x_embedder": (torch.zeros(3, 8).int(), torch.zeros(32, 3))}), "lora_A.weight is stored as I32"),
+        (plain({"x_embedder": (torch.zeros(3, 8).int(), torch.zeros(32, 3))}), "lora_A.weight is I32; it must be F32"),
         (
             {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(3, 32)},
             "diffusers cannot read its names as those of a FLUX LoRA",
