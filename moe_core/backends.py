@@ -49,6 +49,9 @@ def run_experts(
         # Neither grouped_mm nor MegaBlocks knows autocast.
         dtype = torch.get_autocast_dtype(device)
         x_TD, w1_EFD, b1_EF, w2_EDF = (t.to(dtype) for t in (x_TD, w1_EFD, b1_EF, w2_EDF))
+    if not len(x_TD):
+        # A block called on nothing (`MoBGroup.every_block`): not every kernel takes no rows.
+        backend = "loop"
     if backend == "auto":
         # On CPU too: forward and backward of 3,072 tokens at width 64 to 512, one thread, took 0.48 to 0.82 of the
         # loop's time.

@@ -167,7 +167,8 @@ class KDStep(nn.Module):
                 balance_b = losses.moe_balance(routing.probs_TE, routing.indices_TK, probs)
                 # By the whole batch: inside a MoB group a router sees only the samples that were sent its way.
                 total = total + balance_b.sum() / len(distill_B)
-                experts.append(balance_b.mean())
+                if len(balance_b):
+                    experts.append(balance_b.mean())
         for name, choice in actual.block_routings.items():
             if self._trained(name):
                 probs = self.student.config.mob["balance_probs"]
@@ -180,7 +181,6 @@ class KDStep(nn.Module):
         return any(p.requires_grad for p in self.student.get_submodule(name).parameters())
 
 
-@torch.no_grad()
 def validate_kd(student: nn.Module, teacher: nn.Module, batches: Iterable[KDBatch]) -> dict[str, float]:
     """How far the student's answers are from the teacher's on fixed batches.
 
@@ -188,16 +188,29 @@ def validate_kd(student: nn.Module, teacher: nn.Module, batches: Iterable[KDBatc
     squares. Both models are put into evaluation mode for it, and the student's mode is restored. Raises ValueError
     where there is no sample.
     """
+    return kd_metrics(*kd_sums(student, teacher, ((batch, len(batch)) for batch in batches)))
+
+
+def kd_metrics(error: float, scale: float, samples: float) -> dict[str, float]:
+    """What `validate_kd` says, from its sums."""
+    if not samples:
+        raise ValueError("validation has 0 samples; it needs at least one")
+    return {"distill": error / samples, "distill_relative": error / scale}
+
+
+@torch.no_grad()
+def kd_sums(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[tuple[KDBatch, int]]
+) -> tuple[float, float, float]:
+    """The sums behind `validate_kd`, of (batch, how many of its first samples count): eq. 7, the teacher's mean squares, samples."""
     was_training = student.training
     student.eval()
     teacher.eval()
     error, scale, samples = 0.0, 0.0, 0
-    for batch in batches:
+    for batch, counted in batches:
         answer = predict(teacher, batch)
-        error += losses.distill_loss(predict(student, batch), answer).double().sum().item()
-        scale += losses.distill_loss(torch.zeros_like(answer), answer).double().sum().item()
-        samples += len(batch)
+        error += losses.distill_loss(predict(student, batch), answer)[:counted].double().sum().item()
+        scale += losses.distill_loss(torch.zeros_like(answer), answer)[:counted].double().sum().item()
+        samples += counted
     student.train(was_training)
-    if not samples:
-        raise ValueError("validation has 0 samples; it needs at least one")
-    return {"distill": error / samples, "distill_relative": error / scale}
+    return error, scale, samples

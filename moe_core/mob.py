@@ -12,11 +12,13 @@ Shapes: B batch, T tokens, D width, m blocks in the group, k (kappa) active ones
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_core.errors import ConfigError
 
@@ -92,12 +94,21 @@ class BlockRouter(nn.Module):
 
 
 class MoBGroup(nn.Module):
-    """Consecutive blocks of one kind; every sample passes those that the router chose for it, in their old order."""
+    """Consecutive blocks of one kind; every sample passes those that the router chose for it, in their old order.
+
+    `every_block`: blocks that no sample here chose are called too, on nothing: they change no value and get gradients of zero.
+    So it must be where processes share the blocks' weights (`moe_core.sharding`), as their collectives pair up by order.
+    """
 
     def __init__(self, blocks: Iterable[nn.Module], router: BlockRouter):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.router = router
+        self.every_block = False
+
+    def choices(self, routing: BlockRouting) -> list[list[int]]:
+        """The chosen blocks of each sample, on the host."""
+        return routing.indices_Bk.tolist()
 
     def forward(
         self,
@@ -114,23 +125,25 @@ class MoBGroup(nn.Module):
             )
         routing = self.router(hidden_states, encoder_hidden_states, temb)
         batch = hidden_states.shape[0]
-        choices = routing.indices_Bk.tolist()
+        choices = self.choices(routing)
         for position, block in enumerate(self.blocks):
             rows = [(sample, chosen.index(position)) for sample, chosen in enumerate(choices) if position in chosen]
-            if not rows:
+            if not rows and not self.every_block:
                 continue
-            samples, places = torch.tensor(rows, device=hidden_states.device).unbind(1)
+            samples, places = torch.tensor(rows, dtype=torch.int64, device=hidden_states.device).view(-1, 2).unbind(1)
             whole = len(rows) == batch
             image, text, cond = (
                 t if whole else t.index_select(0, samples) for t in (hidden_states, encoder_hidden_states, temb)
             )
-            new_text, new_image = block(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                temb=cond,
-                image_rotary_emb=image_rotary_emb,
-                joint_attention_kwargs=joint_attention_kwargs,
-            )
+            # Of nothing, CUDA's fused attention and diffusers' rotation of positions cannot be computed.
+            with nullcontext() if rows else sdpa_kernel(SDPBackend.MATH):
+                new_text, new_image = block(
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    temb=cond,
+                    image_rotary_emb=image_rotary_emb if rows else None,
+                    joint_attention_kwargs=joint_attention_kwargs,
+                )
             if torch.is_grad_enabled():
                 # x + scale * (block(x) - x), so written that block(x) comes through unrounded: scale - 1 is exactly 0.
                 change_b11 = (routing.scales_Bk[samples, places] - 1).to(new_image.dtype).view(-1, 1, 1)

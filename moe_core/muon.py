@@ -1,11 +1,12 @@
 """Muon for weight matrices, AdamW for the rest, as one optimizer.
 
 - Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, by five Newton-Schulz steps
-  in fp32. On the small FLUX teachers it needs a third fewer steps than AdamW for the same loss.
+  in fp32 at least. On the small FLUX teachers it needs a third fewer steps than AdamW for the same loss.
 - Updates are scaled by 0.2 * sqrt(larger side) (Liu et al. 2025, "Muon is scalable"), which gives them AdamW's usual
   size: one learning rate serves both.
 - Matrices of one shape go through Newton-Schulz together: a small model has a hundred of them, and one by one they cost
   more than they save.
+- Sharded matrices are gathered for it, one parameter at a time, and each process keeps its part of the result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from moe_core import dtensors
 
 MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -83,21 +87,29 @@ class Muon(Optimizer):
     def _orthogonal(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for weight in weights:
-            by_shape[weight.shape].append(weight)
-        for shape, alike in by_shape.items():
-            updates = []
-            for weight in alike:
-                state, grad = self.state[weight], weight.grad
-                assert grad is not None
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
-                updates.append(grad.lerp(momentum, MOMENTUM))  # Nesterov's
-            size = group["lr"] * _ADAM_SIZE * max(shape[-2:]) ** 0.5
-            together = torch.stack(updates)
-            made = orthogonalize(together.view(-1, *shape[-2:])).view(together.shape)
-            for weight, update in zip(alike, made, strict=True):
-                weight.add_(update.to(weight.dtype), alpha=-size)
+            if isinstance(weight, DTensor):
+                self._update([weight], group)
+            else:
+                by_shape[weight.shape].append(weight)
+        for alike in by_shape.values():
+            self._update(alike, group)
+
+    def _update(self, alike: list[Tensor], group: dict[str, Any]) -> None:
+        """One update of matrices, or stacks of them, of one shape."""
+        shape = alike[0].shape
+        updates = []
+        for weight in alike:
+            state, grad = self.state[weight], weight.grad
+            assert grad is not None
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
+            updates.append(dtensors.full(grad.lerp(momentum, MOMENTUM)))  # Nesterov's
+        size = group["lr"] * _ADAM_SIZE * max(shape[-2:]) ** 0.5
+        together = torch.stack(updates)
+        made = orthogonalize(together.view(-1, *shape[-2:])).view(together.shape)
+        for weight, update in zip(alike, made, strict=True):
+            weight.add_(dtensors.part_like(update.to(weight.dtype), weight), alpha=-size)
 
     def _adam(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
@@ -117,7 +129,8 @@ class Muon(Optimizer):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """[N, R, C] -> about the nearest matrices with orthonormal rows or columns; singular values end near 1."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).float()
+    x = matrices if wide else matrices.mT
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     a, b, c = _NEWTON_SCHULZ
     for _ in range(_NEWTON_SCHULZ_STEPS):

@@ -71,3 +71,43 @@ TABLE_1: Mapping[str, PaperRow] = MappingProxyType(
     }
 )
 """In the paper's order."""
+
+FLUX1_VAE: Mapping[str, Any] = MappingProxyType(
+    {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "norm_num_groups": 32,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+)
+"""Arguments of diffusers' `AutoencoderKL`: 84 M parameters."""
+FLUX1_T5: Mapping[str, Any] = MappingProxyType(
+    {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "d_kv": 64,
+        "num_heads": 64,
+        "num_layers": 24,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+    }
+)
+"""Arguments of transformers' `T5Config`: T5 v1.1 XXL, of whose encoder FLUX uses 4.76 B parameters."""
+FLUX1_CLIP: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "projection_dim": 768,
+    }
+)
+"""Arguments of transformers' `CLIPTextConfig`: the text half of CLIP ViT-L/14, 123 M parameters."""
+FLUX1_HUB_IDS = ("black-forest-labs/FLUX.1-dev",)
+"""Hub ids of which these configurations are known without asking the hub."""

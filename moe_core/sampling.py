@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from moe_core import checkpoint, noise
 from moe_core.config import LATENT_PATCH, TimestepConfig
 from moe_core.distill import KDBatch
+from moe_core.dtensors import is_sharded
 from moe_core.errors import CheckpointError
 from moe_core.flux_shapes import dense_shapes
 from moe_core.transformer import FluxMoETransformer2DModel
@@ -40,15 +42,19 @@ def load_pipeline(
     transformer: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    without: Sequence[str] = (),
 ) -> FluxPipeline:
-    """A FluxPipeline from a diffusers folder, with another transformer in its place if one is given.
+    """A FluxPipeline from a diffusers folder, with another transformer in its place if one is given; `without` are parts that are
+    not loaded (`vae`).
 
     The transformer is a FluxMoETransformer2DModel if its config.json says so. Raises CheckpointError for a folder that
     is none.
     """
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json; it must be a diffusers pipeline folder")
-    parts = {} if transformer is None else {"transformer": load_transformer(transformer, dtype)}
+    parts: dict[str, Any] = dict.fromkeys(without)
+    if transformer is not None:
+        parts["transformer"] = load_transformer(transformer, dtype)
     pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **LOADING, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -174,10 +180,12 @@ def encode_prompts(
     T is `text_length`. Kept by caption while the pipeline lives; its text encoders must not change meanwhile.
     """
     cache = _CACHES.setdefault(pipeline, _PromptCache())
+    # Where T5 is sharded, every process must run it as often as the others.
+    always = is_sharded(pipeline.text_encoder_2)
     length = text_length(pipeline, max_sequence_length)
     texts, pooled = [], []
     for caption in captions:
-        entry = cache.get(caption, length)
+        entry = None if always else cache.get(caption, length)
         if entry is None:
             text, vector, _ = pipeline.encode_prompt(
                 prompt=caption, prompt_2=None, device=pipeline.device, max_sequence_length=length

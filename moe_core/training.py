@@ -22,7 +22,7 @@ class Trainee(Protocol):
         """`module(batch)` returns a dict of scalar tensors; "loss" is minimised, the rest is logged.
 
         Its parameters with requires_grad are trained and saved for resuming; all others must be reproduced by building
-        the trainee again. This is what DDP wraps.
+        the trainee again. This is what DDP wraps, unless it is sharded already.
         """
         ...
 
@@ -38,5 +38,9 @@ class Trainee(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the finished product into an existing, empty folder."""
+        """Writes the finished product into an existing, empty folder.
+
+        Of a sharded module in every worker, which takes part in gathering the weights: rank 0 writes, in the others nothing is
+        written and there is no folder.
+        """
         ...

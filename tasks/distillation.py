@@ -22,7 +22,9 @@ def distil(
     **arguments: Any,
 ) -> None:
     """Trains a student and puts it at `checkpoint`; `describe` reads from the finished folder what else the summary says."""
+    assert stage.resume is not None
     params = {"root": str(stage.root), "params": stage.params.model_dump(mode="json"), **arguments}
+    params["made"] = str(stage.resume.path / "student")
     trained = train_stage(stage, [("train", builder, params, config.optimizer, config.validate_every)])
     with outs.folder(stage.root / checkpoint) as folder:
         shutil.copytree(trained.product, folder, dirs_exist_ok=True)

@@ -51,7 +51,7 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
 
     torch.set_num_threads(threads)
     worker, config = Worker.here(device), parse(Params, params)
-    pipeline = sampling.load_pipeline(root / TEACHER).to(device)
+    pipeline = sampling.load_pipeline(root / TEACHER, without=("vae",)).to(device)
     data = LatentDataset(root / SHARDS, "calibration")
     seed, size = noise.derive_seed(config.seed, "importance"), config.kd.importance_batch_size
     for number, first in enumerate(range(0, len(data), size)):

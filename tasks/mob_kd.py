@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from moe_core.config import Params, parse
 from moe_core.errors import ConfigError
 from tasks.distillation import distil
-from tasks.places import IMPORTANCE, MOB, TEACHER
+from tasks.places import IMPORTANCE, MOB
 from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import FluxTransformer2DModel
 
+    from moe_core.transformer import FluxMoETransformer2DModel
     from tasks.kd_trainee import KDTrainee
 
 
@@ -32,24 +34,24 @@ def _groups(folder: Path) -> dict[str, Any]:
     return {"groups": {"double": mob["double_groups"], "single": mob["single_groups"]}}
 
 
-def build(device: torch.device, root: str, params: dict[str, Any], level: str) -> KDTrainee:
+def build(device: torch.device, root: str, params: dict[str, Any], made: str, level: str) -> KDTrainee:
     """In a worker: the level's starting model with its groups and their routers."""
     # Torch and diffusers load in the workers, not in the driver.
     from moe_core import convert, noise, sampling
-    from moe_core.transformer import FluxMoETransformer2DModel
+    from tasks import kd_trainee
     from tasks.importance_files import load
-    from tasks.kd_trainee import KDTrainee
 
     config, place = parse(Params, params), Path(root)
     chosen = config.mob.levels[level]
-    pipeline = sampling.load_pipeline(place / TEACHER)
-    # A dense start is the teacher once more: its own copy would be trained otherwise.
-    start = place / "data" / chosen.init
-    dense = (start / "transformer").is_dir()
-    student = sampling.load_pipeline(start).transformer if dense else FluxMoETransformer2DModel.from_pretrained(start)
-    seed = noise.derive_seed(config.seed, "conversion")
-    grouped = convert.to_mob(student, chosen, config.mob, load(place / IMPORTANCE).block_change, seed)
-    return KDTrainee(pipeline, grouped, config.kd.mob, config, place, f"mob_kd-{level}", device)
+
+    def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
+        # A dense start is the teacher once more: the teacher itself would be trained otherwise.
+        start = place / "data" / chosen.init
+        first = sampling.load_transformer(start / "transformer" if (start / "transformer").is_dir() else start)
+        seed = noise.derive_seed(config.seed, "conversion")
+        return convert.to_mob(first, chosen, config.mob, load(place / IMPORTANCE).block_change, seed)
+
+    return kd_trainee.build(device, place, config, config.kd.mob, f"mob_kd-{level}", student, Path(made))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""The optimizer and its learning rate, from one section of the parameters."""
+"""The optimizer, its learning rate and the weights' moving average, from one section of the parameters."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_core import muon
 from moe_core.config import OptimizerConfig
+from moe_core.errors import ConfigError
 
 ONE_CYCLE_START = 25.0
 """one_cycle starts at the peak rate over this (torch's OneCycleLR has the same default)."""
@@ -33,4 +38,90 @@ def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         return muon.Muon(*muon.split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    kind: Callable[..., torch.optim.Optimizer] = _adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
+    return kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
+    try:
+        # Imported here: an extra that only those install who ask for it.
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer is adamw8bit, but torchao cannot be imported ({error}); install the extra: pip install -e '.[lowbit]'"
+        ) from error
+    made: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return made
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step, and the rate is an argument of it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def stored(value: Tensor) -> Tensor:
+    """A tensor of an optimizer's state as a checkpoint holds it: eight-bit moments as the fp32 numbers that they stand for.
+
+    So they can be cut anew for another number of workers; for the same number `restored` finds the same codes again.
+    """
+    if not is_traceable_wrapper_subclass(local := _local(value)):
+        return value
+    plain = local.dequantize()
+    if not isinstance(value, DTensor):
+        return plain
+    return DTensor.from_local(plain, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
+
+
+def restored(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """`stored` undone."""
+    # torchao has no other way to make a state than a step; which states are of eight bits, it alone decides.
+    new_buffer = getattr(optimizer, "_new_buffer", None)
+    if new_buffer is None or value.shape != parameter.shape:
+        return value
+    made: Tensor = new_buffer(parameter, key == "exp_avg")
+    _local(made).copy_(_local(value))
+    return made
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+class Average:
+    """The exponential moving average of trained weights; of the masters' precision, and placed on workers as they are.
+
+    Its decay rises with the steps, (1 + t) / (10 + t) up to the one given: otherwise a short run would still hold its start.
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.decay = decay
+        self._parameters = parameters
+        self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after the 0-based `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, weight in self.weights.items():
+            weight.lerp_(self._parameters[name].detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the averages for its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # One by one and in place: a second copy of all would not fit beside the first.
+        for name, weight in self.weights.items():
+            kept = weight.clone()
+            weight.copy_(self._parameters[name])
+            self._parameters[name].copy_(kept)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from moe_core.config import Params, parse
 from tasks.distillation import distil
-from tasks.places import IMPORTANCE, SHARED_EXPERT, TEACHER
+from tasks.places import IMPORTANCE, SHARED_EXPERT
 from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import FluxTransformer2DModel
 
+    from moe_core.transformer import FluxMoETransformer2DModel
     from tasks.kd_trainee import KDTrainee
 
 
@@ -21,19 +23,21 @@ def shared_expert_kd(stage: Stage) -> None:
     distil(stage, "tasks.shared_expert_kd:build", stage.params.kd.shared_expert, SHARED_EXPERT, lambda folder: {})
 
 
-def build(device: torch.device, root: str, params: dict[str, Any]) -> KDTrainee:
+def build(device: torch.device, root: str, params: dict[str, Any], made: str) -> KDTrainee:
     """In a worker: the teacher, converted."""
     # Torch and diffusers load in the workers, not in the driver.
-    from moe_core import convert, noise, sampling
+    from moe_core import convert, noise
+    from tasks import kd_trainee
     from tasks.importance_files import load
-    from tasks.kd_trainee import KDTrainee
 
     config, place = parse(Params, params), Path(root)
-    pipeline = sampling.load_pipeline(place / TEACHER)
-    found = load(place / IMPORTANCE)
-    seed = noise.derive_seed(config.seed, "conversion")
-    student = convert.to_shared(pipeline.transformer, found.scores, config.moe, found.conditioning, seed)
-    return KDTrainee(pipeline, student, config.kd.shared_expert, config, place, "shared_expert_kd", device)
+
+    def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
+        found = load(place / IMPORTANCE)
+        seed = noise.derive_seed(config.seed, "conversion")
+        return convert.to_shared(teacher, found.scores, config.moe, found.conditioning, seed)
+
+    return kd_trainee.build(device, place, config, config.kd.shared_expert, "shared_expert_kd", student, Path(made))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,42 @@
-"""The validation loss of distillation: the same samples, noise and noise levels for every stage and model."""
+"""The validation loss of distillation: the same samples, noise and noise levels for every stage and model.
+
+Every worker validates all of them: so nothing has to be gathered. Where the models are sharded, and a pass through them is all
+workers' business, each takes an equal part of every batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from diffusers import FluxPipeline
 from torch import nn
 
 from moe_core import noise
 from moe_core.config import Params
 from moe_core.data.latents import LatentDataset
-from moe_core.distill import validate_kd
+from moe_core.distill import KDBatch, kd_metrics, kd_sums
+from moe_core.dtensors import is_sharded
 from tasks.batches import make_batch
+from tasks.worker import Worker
 
 
 def validation_loss(
     pipeline: FluxPipeline, student: nn.Module, data: LatentDataset, params: Params, batch_size: int
 ) -> dict[str, float]:
-    """`validate_kd` on the first `kd.validation_samples` of the validation split; a function of the weights alone."""
+    """What `validate_kd` says of the first `kd.validation_samples` of the validation split; a function of the weights alone."""
     seed = noise.derive_seed(params.seed, "kd-validation")
     count = min(params.kd.validation_samples, len(data))
-    cuts = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    return validate_kd(
-        student, pipeline.transformer, (make_batch(pipeline, data, cut, seed, cut, params) for cut in cuts)
-    )
+    worker = Worker.here(pipeline.device) if is_sharded(student) else Worker(0, 1, pipeline.device)
+
+    def batches() -> Iterator[tuple[KDBatch, int]]:
+        for start in range(0, count, batch_size):
+            cut = range(start, min(start + batch_size, count))
+            each = -(-len(cut) // worker.size)
+            own = list(cut[worker.rank * each : (worker.rank + 1) * each])
+            # Each worker runs as many: the first ones once more, uncounted, where there are none left.
+            rows = own + list(cut[: each - len(own)])
+            yield make_batch(pipeline, data, rows, seed, rows, params), len(own)
+
+    sums = torch.tensor(kd_sums(student, pipeline.transformer, batches()), dtype=torch.float64, device=worker.device)
+    return kd_metrics(*worker.sum(sums).tolist())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,36 @@ class Worker:
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls(0, 1, device)
 
-    def positions(self, step: int, batch_size: int) -> range:
-        """This rank's part of the global sample positions of a step."""
-        part = batch_size // self.size
-        first = step * batch_size + self.rank * part
-        return range(first, first + part)
+    def part(self, positions: range) -> range:
+        """This rank's part of consecutive sample positions, whose number is a multiple of the ranks'."""
+        each = len(positions) // self.size
+        return positions[self.rank * each : (self.rank + 1) * each]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def told(self, value: T) -> T:
+        """What rank 0 says."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """What every rank says, in their order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:

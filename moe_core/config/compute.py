@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe_core.config.section import Section
 
@@ -28,6 +28,14 @@ class ComputeConfig(Section):
     num_workers: int = Field(1, ge=0, description="0 trains in the calling process: for unit tests only")
     cpus_per_worker: int = Field(2, gt=0)
     use_gpu: bool = False
+    sharding: Literal["none", "full"] = Field(
+        "none", description="distillation: none: every worker has both models; full: an equal part of them (FSDP2)"
+    )
+    text_encoders: Literal["resident", "sharded"] = Field(
+        "resident", description="sharded: with sharding full, T5 too lies on all workers"
+    )
+    gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU, for planning")
+    tflops: float | None = Field(None, gt=0, description="TFLOPs a second that one GPU sustains, for planning")
     expert_backend: Literal["auto", "loop", "grouped_mm", "megablocks"] = "auto"
     checkpoint_every: int = Field(gt=0, description="steps between resume checkpoints")
     log_every: int = Field(gt=0)
@@ -35,6 +43,16 @@ class ComputeConfig(Section):
     stages: dict[ComputingStage, StageCompute] = Field(
         default_factory=dict, description="stage (`mob_kd` for all its levels) -> what it has otherwise"
     )
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> ComputeConfig:
+        if self.sharding == "full" and self.num_workers == 0:
+            raise ValueError(
+                "sharding is full, but num_workers is 0, which trains in the calling process; it must be at least 1"
+            )
+        if self.text_encoders == "sharded" and self.sharding == "none":
+            raise ValueError("text_encoders is sharded, but sharding is none; it must be full")
+        return self
 
     def of(self, stage: str) -> ComputeConfig:
         """What a stage, named as DVC addresses it (`mob_kd@M`), has: its own values where `stages` gives some."""

@@ -125,6 +125,9 @@ class ModelConfig(Section):
     )
     num_inference_steps: int = Field(gt=0)
     max_sequence_length: int = Field(512, gt=0, le=512, description="T5 tokens a prompt, in training and sampling")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights and arithmetic where nothing is trained: importance, pictures, latency"
+    )
 
     @model_validator(mode="before")
     @classmethod
