@@ -32,7 +32,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the same in the file."""
 PEFT_PREFIX = "base_model.model."
 BFL_BLOCKS = (f"{PEFT_PREFIX}double_blocks.", f"{PEFT_PREFIX}single_blocks.")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CHUNK = 16 * 2**20
 
 
@@ -47,9 +47,8 @@ class Change:
 
     def add_to(self, weight_OI: Tensor, scale: float) -> Tensor:
         """The fused weight, in the format of the given one."""
-        precision = torch.promote_types(weight_OI.dtype, torch.float32)
-        delta = self.up_OR.to(precision) @ self.down_RI.to(precision)
-        return delta.mul_(scale * self.factor).add_(weight_OI.to(precision)).to(weight_OI.dtype)
+        delta_OI = self.up_OR @ self.down_RI
+        return delta_OI.mul_(scale * self.factor).add_(weight_OI.float()).to(weight_OI.dtype)
 
 
 def read_lora(file: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
@@ -58,7 +57,8 @@ def read_lora(file: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, 
     Raises CheckpointError, with the file, the layer and the numbers, for a file that is no LoRA of this transformer: see
     `check_lora`; also for what is not finite, for DoRA, and for an alpha that is given for some layers only.
     """
-    stored = checkpoint.read_floats(file)
+    stored = checkpoint.read_header(file)
+    checkpoint.check_floats(stored)
     if dora := [name for name in stored if "dora_scale" in name or "lora_magnitude_vector" in name]:
         raise CheckpointError(f"{file}: {dora[0]} belongs to a DoRA; only plain LoRAs can be fused")
     tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
@@ -89,22 +89,20 @@ def fuse_file(source: Path, target: Path, changes: Mapping[str, Change], scale: 
     Raises CheckpointError if a sum is too large for the weight's format.
     """
     fused: set[str] = set()
+    tensors = sorted(checkpoint.read_header(source).items(), key=lambda item: item[1].start)
     with source.open("rb") as old, target.open("xb") as new:
-        length = old.read(8)
-        header = old.read(int.from_bytes(length, "little"))
-        new.write(length + header)
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+        _copy(old, new, tensors[0][1].start)
+        for name, stored in tensors:
             layer = name.removesuffix(".weight")
+            size = stored.end - stored.start
             if name == layer or layer not in changes:
                 _copy(old, new, size)
                 continue
-            weight = torch.frombuffer(bytearray(old.read(size)), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+            weight = torch.frombuffer(bytearray(old.read(size)), dtype=DTYPES[stored.dtype]).view(stored.shape)
             result = changes[layer].add_to(weight, scale)
             if not result.isfinite().all():
                 raise CheckpointError(
-                    f"{source}: {name} with the LoRA at scale {scale:g} does not fit into {entry['dtype']}"
+                    f"{source}: {name} with the LoRA at scale {scale:g} does not fit into {stored.dtype}"
                 )
             new.write(result.contiguous().view(torch.uint8).numpy().data)
             fused.add(layer)
@@ -120,7 +118,7 @@ def _copy(old: BinaryIO, new: BinaryIO, size: int) -> None:
 
 def _normalised(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
     """Matrices by diffusers' names; alphas by layer, where tensors give them; PEFT's settings, where the file has them."""
-    if all(name.startswith(PEFT_PREFIX) for name in tensors) and not any(
+    if any(name.startswith(PEFT_PREFIX) for name in tensors) and not any(
         name.startswith(BFL_BLOCKS) for name in tensors
     ):
         # PEFT's own file. diffusers takes this prefix for that of a trainer that names the blocks as Black Forest Labs do.

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,12 @@ from diffusers.utils import is_accelerate_available
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_core import noise
+from moe_core import checkpoint, noise
 from moe_core.config import LATENT_PATCH, TimestepConfig
 from moe_core.distill import KDBatch
 from moe_core.dtensors import is_sharded
 from moe_core.errors import CheckpointError
+from moe_core.flux_shapes import dense_shapes
 from moe_core.transformer import FluxMoETransformer2DModel
 
 CACHE_BYTES = 512 * 2**20
@@ -55,21 +55,27 @@ def load_pipeline(
     parts: dict[str, Any] = dict.fromkeys(without)
     if transformer is not None:
         parts["transformer"] = load_transformer(transformer, dtype)
-    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, **LOADING, **parts)
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **LOADING, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
-    """A dense or a sparse transformer, by the class that its config.json names."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{config} does not exist; {folder} must be a diffusers model folder")
-    name = json.loads(config.read_text()).get("_class_name")
+    """A dense transformer, of any number of blocks, or a sparse one, by the class that its config.json names.
+
+    Raises CheckpointError for a folder that does not hold exactly that model's weights.
+    """
+    config = checkpoint.read_config(folder)
+    name = config.get("_class_name")
     classes = {kind.__name__: kind for kind in (FluxTransformer2DModel, FluxMoETransformer2DModel)}
     if name not in classes:
-        raise CheckpointError(f"{config} has _class_name '{name}'; it must be one of {', '.join(classes)}")
-    return classes[name].from_pretrained(folder, dtype=dtype, **LOADING)
+        raise CheckpointError(
+            f"{folder / checkpoint.CONFIG} has _class_name '{name}'; it must be one of {', '.join(classes)}"
+        )
+    if name == FluxTransformer2DModel.__name__:
+        # The sparse class does so itself.
+        checkpoint.check_weights(folder, dense_shapes(config))
+    return classes[name].from_pretrained(folder, dtype=dtype, use_safetensors=True, **LOADING)
 
 
 def start_noise(pipeline: FluxPipeline, seed: int, numbers: Sequence[int], resolution: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,6 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from moe_core import checkpoint
-from moe_core.checkpoint import Stored
 from moe_core.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -49,7 +48,7 @@ class ModelFolder:
         self.path = path
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.tensors = checkpoint.check_weights(path, shapes)
-        _check_precision(path, self.tensors)
+        checkpoint.check_precision(path, self.tensors)
         self._files: dict[Path, int] = {}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -92,24 +91,6 @@ class ModelFolder:
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
-
-
-def _check_precision(path: Path, tensors: Mapping[str, Stored]) -> None:
-    halves: dict[str, str] = {}
-    modules: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{tensor.path}: tensor {name} is {tensor.dtype}; it must be {', '.join(DTYPES)}")
-        if tensor.dtype != "F32":
-            halves.setdefault(tensor.dtype, name)
-        other = modules.setdefault(name.rpartition(".")[0], name)
-        if tensors[other].dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {name} is {tensor.dtype}, but {other} of the same layer is {tensors[other].dtype}"
-            )
-    if len(halves) == 2:
-        found = " and ".join(f"{name} is {dtype}" for dtype, name in halves.items())
-        raise CheckpointError(f"{path}: {found}; a model may be in one of these, or partly in F32")
 
 
 class Entry(NamedTuple):

@@ -43,18 +43,19 @@ class Pictures:
 
 
 class Generator:
-    """One model in one process."""
+    """One model in one process: the teacher (`dense`), or the transformer in a folder, sparse or a smaller dense one."""
 
     def __init__(self, root: Path, params: Params, transformer: Path, dense: bool) -> None:
         # diffusers loads in the actors, not in the driver, where it would cost seconds for nothing.
         from moe_core import sampling
+        from moe_core.transformer import FluxMoETransformer2DModel
         from tasks.places import TEACHER
 
         torch.set_num_threads(params.compute.cpus_per_worker)
         self.root, self.params = root, params
         device = "cuda" if params.compute.use_gpu else "cpu"
         self.pipeline = sampling.load_pipeline(root / TEACHER, None if dense else root / transformer, device)
-        if not dense:
+        if isinstance(self.pipeline.transformer, FluxMoETransformer2DModel):
             self.pipeline.transformer.set_expert_backend(params.compute.expert_backend)
         self.pipeline.transformer.eval()
 

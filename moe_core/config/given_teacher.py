@@ -42,7 +42,8 @@ def check_given(params: Params) -> None:
     if model.source == "folder":
         check_teacher(Path(str(model.path)), params)
     if model.source != "train" and model.lora is not None and (file := lora_file(model.lora)) is not None:
-        stored = checkpoint.read_floats(file)
+        stored = checkpoint.read_header(file)
+        checkpoint.check_floats(stored)
         if not any("lora" in name for name in stored):
             raise CheckpointError(
                 f"{file}: none of its {len(stored)} tensors is a LoRA's; their names must have lora_A or lora_down"
@@ -55,10 +56,13 @@ def check_given(params: Params) -> None:
 def check_teacher(folder: Path, params: Params) -> None:
     """A given teacher must be a whole FluxPipeline folder that the parameters fit."""
     check_description(folder, params)
-    checkpoint.check_weights(folder / "transformer", dense_shapes(checkpoint.read_config(folder / "transformer")))
-    for part in WEIGHTS:
-        for file in checkpoint.weight_files(folder / part, WEIGHTS[part]):
-            checkpoint.read_floats(file)
+    shapes = dense_shapes(checkpoint.read_config(folder / "transformer"))
+    checkpoint.check_precision(folder / "transformer", checkpoint.check_weights(folder / "transformer", shapes))
+    for part, weights in WEIGHTS.items():
+        for file in checkpoint.weight_files(folder / part, weights):
+            header = checkpoint.read_header(file)
+            # Older CLIPs have their positions among the weights, and nobody reads them.
+            checkpoint.check_floats({name: header[name] for name in header if not name.endswith("position_ids")})
 
 
 def check_description(folder: Path, params: Params) -> None:
