@@ -6,11 +6,13 @@
 - Why turned: SiLU acts on each channel by itself, so in a basis of its own choosing even all components together could
   not reproduce W SiLU(y). Turned, z at full rank is y with its channels reordered, and the compression is exact.
 
-Shapes: N calibration vectors, D the teacher's conditioning width, C conditioning_dim.
+Shapes: N calibration vectors, D the teacher's conditioning width, C conditioning_dim, M an AdaLN layer's modulations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,29 +49,32 @@ def embedder_outputs(model: FluxTransformer2DModel) -> dict[str, nn.Linear]:
     }
 
 
-@torch.no_grad()
-def compressed_weights(
-    teacher: FluxTransformer2DModel, vectors_ND: Tensor, conditioning_dim: int, ridge: float = 1e-3
-) -> dict[str, Tensor]:
-    """Weights of the compressed embedder outputs and AdaLN linears, by the teacher's parameter names, in its dtype.
+class Compression(NamedTuple):
+    """A fit of the narrow conditioning z to the teacher's y, in fp64: SiLU(y) is about SiLU(z) fit_CD + rest_D."""
 
-    vectors_ND: outputs of the teacher's `time_text_embed` over a calibration set. ridge: relative to the mean variance
-    of SiLU(z).
-    Raises ConfigError if the vectors have another width than the teacher's conditioning, are fewer than two, or are not
-    finite.
+    projection: Projection
+    fit_CD: Tensor
+    rest_D: Tensor
+
+
+def fit(vectors_ND: Tensor, width: int, conditioning_dim: int, ridge: float = 1e-3) -> Compression:
+    """Fits a compression to a calibration set, on the device where that lies.
+
+    vectors_ND: outputs of the teacher's `time_text_embed`, which is `width` wide. ridge: relative to the mean variance of SiLU(z).
+    Raises ConfigError if the vectors have another width, are fewer than two, or are not finite, or if conditioning_dim is above the width.
     """
-    y_ND = _checked(teacher, vectors_ND)
+    if vectors_ND.ndim != 2 or vectors_ND.shape[1] != width or len(vectors_ND) < 2:
+        raise ConfigError(
+            f"conditioning vectors have shape {list(vectors_ND.shape)}; it must be [N, {width}] with N at least 2"
+        )
+    if not torch.isfinite(vectors_ND).all():
+        raise ConfigError("conditioning vectors hold values that are not finite")
+    if conditioning_dim > width:
+        raise ConfigError(
+            f"moe.conditioning_dim is {conditioning_dim}; the teacher's conditioning has {width} channels"
+        )
+    y_ND = vectors_ND.detach().double()
     projection = _project(y_ND, conditioning_dim)
-    outputs = embedder_outputs(teacher)
-    weights: dict[str, Tensor] = {}
-    for position, (name, linear) in enumerate(outputs.items()):
-        bias_D = linear.bias.double()
-        bias_C = bias_D @ projection.basis_DC
-        if position == 0:  # what belongs to the sum, not to one embedder, is added once
-            bias_C = bias_C + projection.offset_C - projection.mean_D @ projection.basis_DC
-        weights[f"{name}.weight"] = (projection.basis_DC.T @ linear.weight.double()).to(linear.weight.dtype)
-        weights[f"{name}.bias"] = bias_C.to(linear.bias.dtype)
-
     features_NC = F.silu(projection(y_ND))
     mean_C = features_NC.mean(0)
     centred_NC = features_NC - mean_C
@@ -83,60 +88,48 @@ def compressed_weights(
     # The teacher's linear maps SiLU(y); fitting SiLU(y) once and applying each layer to the fit is the same regression
     # as one a layer.
     fit_CD = torch.cholesky_solve(moments_CD, factor_CC)
-    rest_D = target_ND.mean(0) - mean_C @ fit_CD
-    for name, linear in adaln_linears(teacher).items():
-        weight = linear.weight.double()
-        weights[f"{name}.weight"] = (weight @ fit_CD.T).to(linear.weight.dtype)
-        weights[f"{name}.bias"] = (linear.bias.double() + weight @ rest_D).to(linear.bias.dtype)
+    return Compression(projection, fit_CD, target_ND.mean(0) - mean_C @ fit_CD)
+
+
+Weight = tuple[tuple[str, ...], Callable[..., Tensor]]
+"""Names of teacher's tensors, and the function of their values that gives a weight in the precision of the first of them."""
+
+
+def compressed_weights(teacher: FluxTransformer2DModel, compression: Compression) -> dict[str, Weight]:
+    """How the compressed embedder outputs and AdaLN linears are made of the teacher's, by the parameter names of both.
+
+    Of the teacher only the structure is used; each weight is computed when its function is called, a layer at a time.
+    """
+    weights: dict[str, Weight] = {}
+    for position, name in enumerate(embedder_outputs(teacher)):
+        # What belongs to the sum of the embedders, not to one of them, is added once.
+        bias = partial(_embedder_bias, compression.projection, position == 0)
+        weights[f"{name}.weight"] = (f"{name}.weight",), partial(_embedder_weight, compression.projection)
+        weights[f"{name}.bias"] = (f"{name}.bias",), bias
+    for name in adaln_linears(teacher):
+        weights[f"{name}.weight"] = (f"{name}.weight",), partial(_linear_weight, compression)
+        weights[f"{name}.bias"] = (f"{name}.bias", f"{name}.weight"), partial(_linear_bias, compression)
     return weights
 
 
-def compress(
-    student: FluxTransformer2DModel, teacher: FluxTransformer2DModel, vectors_ND: Tensor, ridge: float = 1e-3
-) -> None:
-    """Sets the student's embedders and AdaLN linears, in place, to the compression of the teacher's."""
-    conditioning_dim = student.config.get("conditioning_dim")
-    if conditioning_dim is None:
-        raise ConfigError("the student's conditioning_dim is null; a compression needs the width to compress to")
-    weights = {f"time_text_embed.{name}": tensor for name, tensor in teacher.time_text_embed.state_dict().items()}
-    weights.update(compressed_weights(teacher, vectors_ND, conditioning_dim, ridge))
-    student.load_state_dict(weights, strict=False)
+def _embedder_weight(projection: Projection, weight_DD: Tensor) -> Tensor:
+    return (projection.basis_DC.to(weight_DD.device).T @ weight_DD.double()).to(weight_DD.dtype)
 
 
-@torch.no_grad()
-def modulation_error(
-    student: FluxTransformer2DModel, teacher: FluxTransformer2DModel, vectors_ND: Tensor
-) -> dict[str, float]:
-    """Relative error of every AdaLN layer's modulations: sum |student - teacher|^2 / sum |teacher - its mean|^2, over
-    the vectors.
-
-    1 is what a constant would get. It is meant for a student as converted: one whose embedders were trained since no
-    longer answers to the teacher's vectors. The layers are those of the teacher; the student's must have the same
-    names, so it has no MoB groups.
-    """
-    y_ND = _checked(teacher, vectors_ND)
-    student_linears = adaln_linears(student)
-    z_NC = _student_conditioning(student, teacher, y_ND)
-    errors = {}
-    for name, linear in adaln_linears(teacher).items():
-        if name not in student_linears:
-            raise ConfigError(f"the student has no layer {name}; modulations are compared before blocks are grouped")
-        target = F.linear(F.silu(y_ND), linear.weight.double(), linear.bias.double())
-        own = student_linears[name]
-        output = F.linear(F.silu(z_NC), own.weight.double(), own.bias.double())
-        errors[name] = ((output - target).square().sum() / (target - target.mean(0)).square().sum()).item()
-    return errors
+def _embedder_bias(projection: Projection, first: bool, bias_D: Tensor) -> Tensor:
+    basis_DC, mean_D, offset_C = (tensor.to(bias_D.device) for tensor in projection)
+    bias_C = bias_D.double() @ basis_DC
+    if first:
+        bias_C = bias_C + offset_C - mean_D @ basis_DC
+    return bias_C.to(bias_D.dtype)
 
 
-def _student_conditioning(student: FluxTransformer2DModel, teacher: FluxTransformer2DModel, y_ND: Tensor) -> Tensor:
-    # y = sum_i W_i h_i + b and z = sum_i V_i h_i + c, with the same h. If V_i = R^T W_i, then z = R^T (y - b) + c for
-    # R^T = V W^+ of the matrices side by side: also where W has no full rank, as y - b lies in its range.
-    theirs, own = embedder_outputs(teacher), embedder_outputs(student)
-    w = torch.cat([linear.weight.double() for linear in theirs.values()], dim=1)
-    v = torch.cat([own[name].weight.double() for name in theirs], dim=1)
-    b_D = torch.stack([linear.bias.double() for linear in theirs.values()]).sum(0)
-    c_C = torch.stack([own[name].bias.double() for name in theirs]).sum(0)
-    return (y_ND - b_D) @ (v @ torch.linalg.pinv(w)).T + c_C
+def _linear_weight(compression: Compression, weight_MD: Tensor) -> Tensor:
+    return (weight_MD.double() @ compression.fit_CD.to(weight_MD.device).T).to(weight_MD.dtype)
+
+
+def _linear_bias(compression: Compression, bias_M: Tensor, weight_MD: Tensor) -> Tensor:
+    return (bias_M.double() + weight_MD.double() @ compression.rest_D.to(bias_M.device)).to(bias_M.dtype)
 
 
 def _project(y_ND: Tensor, conditioning_dim: int) -> Projection:
@@ -154,14 +147,3 @@ def _project(y_ND: Tensor, conditioning_dim: int) -> Projection:
     u, _, vh = torch.linalg.svd(basis_DC[channels_C])
     basis_DC = basis_DC @ (u @ vh).T
     return Projection(basis_DC, mean_D, mean_D[channels_C])
-
-
-def _checked(teacher: FluxTransformer2DModel, vectors_ND: Tensor) -> Tensor:
-    width = next(iter(adaln_linears(teacher).values())).in_features
-    if vectors_ND.ndim != 2 or vectors_ND.shape[1] != width or len(vectors_ND) < 2:
-        raise ConfigError(
-            f"conditioning vectors have shape {list(vectors_ND.shape)}; it must be [N, {width}] with N at least 2"
-        )
-    if not torch.isfinite(vectors_ND).all():
-        raise ConfigError("conditioning vectors hold values that are not finite")
-    return vectors_ND.double().to(next(teacher.parameters()).device)

@@ -1,18 +1,21 @@
 """Dense -> shared experts -> MoE -> MoB: a function each, none of which changes its arguments.
 
+- Each conversion is a recipe (`shared_recipe`, `moe_recipe`, `joint_recipe`, `mob_recipe`), followed here in memory, and in `moe_core.stream`
+  from folder to folder.
 - An FFN is cut into segments (row i of W1, b1[i], column i of W2). The most important go to the shared expert, the rest
   are dealt to the normal experts (Sec. 3.2). The cut is a function of scores, parameters and seed alone: `to_shared`
   and `to_moe` find the same one.
 - b2 goes to the shared expert, once; in single blocks it stays with the attention's half of `proj_out`.
 - With all experts active at gate 1 and the conditioning not compressed, the result computes what the dense model does.
-- Students keep the teacher's precision and device.
+- Students keep the precision and device of what they are made of.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +26,22 @@ from moe_core import adaln
 from moe_core.config import MoBConfig, MoBGroupsConfig, MoBLevelConfig, MoEConfig
 from moe_core.errors import ConfigError
 from moe_core.mob import MoBGroup
+from moe_core.recipe import Recipe, Ref, fill, unchanged
 from moe_core.transformer import FluxMoETransformer2DModel, check_groups, on_meta
 
 KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 
 
 class DenseFFN(NamedTuple):
-    """The weights of eq. 1."""
+    """Names of the tensors of one of the teacher's FFNs (eq. 1)."""
 
-    w1_FD: Tensor
-    b1_F: Tensor
-    w2_DF: Tensor
-    b2_D: Tensor | None
+    w1: str
+    b1: str
+    w2: str
+    b2: str | None
     """None in a single block, where the bias is shared with the attention's projection."""
+    first: int
+    """The column of `w2` at which the FFN's begin; those before it are the attention's."""
 
 
 class Split(NamedTuple):
@@ -55,15 +61,13 @@ def ffn_names(model: FluxTransformer2DModel, dense_double_blocks: Collection[int
     return names + [f"single_transformer_blocks.{i}.moe" for i in range(model.config.num_single_layers)]
 
 
-def dense_ffn(teacher: FluxTransformer2DModel, name: str) -> DenseFFN:
-    """The weights of one of the teacher's FFNs (views), by its name in `ffn_names`."""
-    parent, _, branch = name.rpartition(".")
-    block = teacher.get_submodule(parent)
+def dense_ffn(name: str, width: int) -> DenseFFN:
+    """The teacher's tensors of an FFN, by its name in `ffn_names`; `width` is the model's."""
+    block, _, branch = name.rpartition(".")
     if branch == "moe":
-        width = block.proj_mlp.in_features
-        return DenseFFN(block.proj_mlp.weight, block.proj_mlp.bias, block.proj_out.weight[:, width:], None)
-    net = getattr(block, branch).net
-    return DenseFFN(net[0].proj.weight, net[0].proj.bias, net[2].weight, net[2].bias)
+        return DenseFFN(f"{block}.proj_mlp.weight", f"{block}.proj_mlp.bias", f"{block}.proj_out.weight", None, width)
+    first, second = f"{name}.net.0.proj", f"{name}.net.2"
+    return DenseFFN(f"{first}.weight", f"{first}.bias", f"{second}.weight", f"{second}.bias", 0)
 
 
 def split_segments(
@@ -111,29 +115,7 @@ def to_shared(
     scores: per FFN, [F] (see `ffn_names`). conditioning_bank: [N, D] outputs of the teacher's `time_text_embed`; needed
     where moe.conditioning_dim is set. Raises ConfigError where scores or parameters do not fit the teacher.
     """
-    student = on_meta(_config(teacher, moe=_moe_section(moe, num_experts=0), conditioning_dim=moe.conditioning_dim))
-    state = _kept(teacher, student)
-    for name in ffn_names(teacher, moe.dense_double_blocks):
-        ffn = dense_ffn(teacher, name)
-        shared = split_segments(name, len(ffn.b1_F), ffn.w1_FD.shape[1], scores, moe, seed).shared.to(ffn.b1_F.device)
-        state[f"{name}.shared.proj_in.weight"] = ffn.w1_FD[shared]
-        state[f"{name}.shared.proj_in.bias"] = ffn.b1_F[shared]
-        state[f"{name}.shared.proj_out.weight"] = ffn.w2_DF[:, shared]
-        if ffn.b2_D is not None:
-            state[f"{name}.shared.proj_out.bias"] = ffn.b2_D
-        else:
-            block = name.removesuffix(".moe")
-            proj_out = teacher.get_submodule(f"{block}.proj_out")
-            state[f"{block}.proj_attn.weight"] = proj_out.weight[:, : len(proj_out.weight)]
-            state[f"{block}.proj_attn.bias"] = proj_out.bias
-    if moe.conditioning_dim is not None:
-        if conditioning_bank is None:
-            raise ConfigError(
-                f"moe.conditioning_dim is {moe.conditioning_dim}; compressing to it needs calibration vectors,"
-                " none were given"
-            )
-        state.update(adaln.compressed_weights(teacher, conditioning_bank, moe.conditioning_dim, moe.ridge))
-    return _filled(student, state)
+    return fill(shared_recipe(teacher, scores, moe, conditioning_bank, seed), teacher=teacher)
 
 
 @torch.no_grad()
@@ -150,32 +132,10 @@ def to_moe(
     routers are drawn from (seed, layer). Raises ConfigError if the student is no shared-only one, or scores or
     parameters do not fit.
     """
-    config = shared_student.config
-    if config.moe is None or config.moe["num_experts"] or config.mob is not None:
-        raise ConfigError("to_moe starts from a student of shared experts only, without MoB groups; this one is not")
-    wanted = _moe_section(moe)
-    for key in ("shared_ratio", "dense_double_blocks"):
-        if config.moe[key] != wanted[key]:
-            raise ConfigError(
-                f"moe.{key} is {wanted[key]}, but the shared-expert student was made with"
-                f" {config.moe[key]}; they must agree"
-            )
-    student = on_meta(_config(shared_student, moe=wanted, conditioning_dim=config.conditioning_dim))
-    state = dict(shared_student.state_dict())
-    for name in ffn_names(teacher, moe.dense_double_blocks):
-        ffn = dense_ffn(teacher, name)
-        experts_EF = split_segments(name, len(ffn.b1_F), ffn.w1_FD.shape[1], scores, moe, seed).experts_EF.to(
-            ffn.b1_F.device
-        )
-        state[f"{name}.w1_EFD"] = ffn.w1_FD[experts_EF]
-        state[f"{name}.b1_EF"] = ffn.b1_F[experts_EF]
-        state[f"{name}.w2_EDF"] = ffn.w2_DF.T[experts_EF].transpose(1, 2)
-    for name, router in student.named_parameters():
-        if name not in state:
-            state[name] = _drawn(router.shape, moe.router_init_std, seed, name, like=shared_student)
-    return _filled(student, state)
+    return fill(moe_recipe(shared_student, teacher, scores, moe, seed), student=shared_student, teacher=teacher)
 
 
+@torch.no_grad()
 def to_moe_joint(
     teacher: FluxTransformer2DModel,
     scores: Mapping[str, Tensor],
@@ -184,9 +144,10 @@ def to_moe_joint(
     seed: int = 0,
 ) -> FluxMoETransformer2DModel:
     """Dense to MoE at once, for joint training of shared and normal experts (Table 5)."""
-    return to_moe(to_shared(teacher, scores, moe, conditioning_bank, seed), teacher, scores, moe, seed)
+    return fill(joint_recipe(teacher, scores, moe, conditioning_bank, seed), teacher=teacher)
 
 
+@torch.no_grad()
 def to_mob(
     student: FluxTransformer2DModel,
     level: MoBLevelConfig,
@@ -201,6 +162,111 @@ def to_mob(
     double blocks kept dense in a MoE model are left out, as all blocks of a group should cost the same. Raises
     ConfigError where the groups asked for do not fit.
     """
+    return fill(mob_recipe(student, level, mob, block_change, seed), student=student)
+
+
+def shared_recipe(
+    teacher: FluxTransformer2DModel,
+    scores: Mapping[str, Tensor],
+    moe: MoEConfig,
+    conditioning_bank: Tensor | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """How `to_shared` makes its student of the source `teacher`, of which only the structure is used."""
+    student = on_meta(_config(teacher, moe=_moe_section(moe, num_experts=0), conditioning_dim=moe.conditioning_dim))
+    recipe, width = Recipe(student, {"teacher": teacher}), teacher.inner_dim
+
+    def add(name: str, reads: Iterable[str], make: Callable[..., Tensor]) -> None:
+        recipe.add(name, [Ref("teacher", read) for read in reads], make)
+
+    for name, split in _splits(teacher, scores, moe, seed):
+        ffn = dense_ffn(name, width)
+        add(f"{name}.shared.proj_in.weight", [ffn.w1], partial(_rows, split.shared))
+        add(f"{name}.shared.proj_in.bias", [ffn.b1], partial(_rows, split.shared))
+        add(f"{name}.shared.proj_out.weight", [ffn.w2], partial(_columns, ffn.first + split.shared))
+        if ffn.b2 is not None:
+            add(f"{name}.shared.proj_out.bias", [ffn.b2], unchanged)
+        else:
+            block = name.removesuffix(".moe")
+            add(f"{block}.proj_attn.weight", [ffn.w2], partial(_first_columns, ffn.first))
+            add(f"{block}.proj_attn.bias", [f"{block}.proj_out.bias"], unchanged)
+    if moe.conditioning_dim is not None:
+        if conditioning_bank is None:
+            raise ConfigError(
+                f"moe.conditioning_dim is {moe.conditioning_dim}; compressing to it needs calibration vectors,"
+                " none were given"
+            )
+        compression = adaln.fit(conditioning_bank, width, moe.conditioning_dim, moe.ridge)
+        for name, (reads, make) in adaln.compressed_weights(teacher, compression).items():
+            add(name, reads, make)
+    recipe.keep("teacher")
+    return recipe.finished()
+
+
+def moe_recipe(
+    shared_student: FluxMoETransformer2DModel,
+    teacher: FluxTransformer2DModel,
+    scores: Mapping[str, Tensor],
+    moe: MoEConfig,
+    seed: int = 0,
+) -> Recipe:
+    """How `to_moe` makes its student of the sources `student` and `teacher`, of which only the structure is used."""
+    config = shared_student.config
+    if config.get("moe") is None or config.moe["num_experts"] or config.mob is not None:
+        raise ConfigError("to_moe starts from a student of shared experts only, without MoB groups; this one is not")
+    wanted = _moe_section(moe)
+    for key in ("shared_ratio", "dense_double_blocks"):
+        if config.moe[key] != wanted[key]:
+            raise ConfigError(
+                f"moe.{key} is {wanted[key]}, but the shared-expert student was made with"
+                f" {config.moe[key]}; they must agree"
+            )
+    own = _config(shared_student)
+    for key, value in _config(teacher).items():
+        if own[key] != value:
+            raise ConfigError(
+                f"the teacher's {key} is {value}, but the shared-expert student's is {own[key]}; they must agree"
+            )
+    student = on_meta(_config(shared_student, moe=wanted, conditioning_dim=config.conditioning_dim))
+    recipe = Recipe(student, {"student": shared_student, "teacher": teacher})
+    for name, split in _splits(teacher, scores, moe, seed):
+        ffn = dense_ffn(name, teacher.inner_dim)
+        # Normal experts come in the precision of the shared one beside them: it may have been trained in another than the teacher's.
+        like = Ref("student", f"{name}.shared.proj_in.bias")
+        columns_EF = ffn.first + split.experts_EF
+        recipe.add(f"{name}.w1_EFD", [like, Ref("teacher", ffn.w1)], partial(_expert_rows, split.experts_EF))
+        recipe.add(f"{name}.b1_EF", [like, Ref("teacher", ffn.b1)], partial(_expert_rows, split.experts_EF))
+        recipe.add(f"{name}.w2_EDF", [like, Ref("teacher", ffn.w2)], partial(_expert_columns, columns_EF))
+    recipe.keep("student")
+    for name, shape in recipe.shapes.items():
+        if name not in recipe.made:  # a router
+            recipe.add(
+                name, [_first_parameter(shared_student)], partial(_drawn, shape, moe.router_init_std, seed, name)
+            )
+    recipe.leave("teacher")  # all but its FFNs: the student has its own
+    return recipe.finished()
+
+
+def joint_recipe(
+    teacher: FluxTransformer2DModel,
+    scores: Mapping[str, Tensor],
+    moe: MoEConfig,
+    conditioning_bank: Tensor | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """How `to_moe_joint` makes its student of the source `teacher`, of which only the structure is used."""
+    shared = shared_recipe(teacher, scores, moe, conditioning_bank, seed)
+    return moe_recipe(shared.student, teacher, scores, moe, seed).after(shared, "student")
+
+
+def mob_recipe(
+    student: FluxTransformer2DModel,
+    level: MoBLevelConfig,
+    mob: MoBConfig,
+    block_change: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """How `to_mob` makes its model of the source `student`, of which only the structure is used."""
     old = student.config.get("mob") or {"double_groups": [], "single_groups": []}
     section: dict[str, Any] = mob.model_dump(
         include={"active", "contiguous", "alpha", "balance_probs", "router_init_std"}
@@ -209,15 +275,15 @@ def to_mob(
         section[f"{kind}_groups"] = _groups(student, kind, wanted, old[f"{kind}_groups"], block_change)
     moe, conditioning_dim = student.config.get("moe"), student.config.get("conditioning_dim")
     grouped = on_meta(_config(student, moe=moe, conditioning_dim=conditioning_dim, mob=section))
-    names = _original_names(student)
-    tensors = {names[name]: tensor for name, tensor in student.state_dict().items()}
-    state: dict[str, Tensor] = {}
+    recipe = Recipe(grouped, {"student": student})
+    stored = {original: name for name, original in _original_names(student).items()}
     for name, original in _original_names(grouped).items():
-        if original in tensors:
-            state[name] = tensors[original]
+        if original in stored:
+            recipe.add(name, [Ref("student", stored[original])], unchanged)
         else:  # the router of a new group
-            state[name] = _drawn(grouped.get_parameter(name).shape, mob.router_init_std, seed, original, like=student)
-    return _filled(grouped, state)
+            make = partial(_drawn, recipe.shapes[name], mob.router_init_std, seed, original)
+            recipe.add(name, [_first_parameter(student)], make)
+    return recipe.finished()
 
 
 def choose_groups(change: Sequence[float], groups: int, size: int, taken: Collection[int] = ()) -> list[list[int]]:
@@ -308,7 +374,9 @@ def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:
 def _config(model: FluxTransformer2DModel, **sparse: Any) -> dict[str, Any]:
     # Only the dense transformer's own arguments: a config also holds where it was loaded from.
     names = list(inspect.signature(FluxTransformer2DModel.__init__).parameters)[1:]
-    return {**{name: model.config[name] for name in names}, **sparse}
+    values = {name: model.config[name] for name in names}
+    values["axes_dims_rope"] = tuple(values["axes_dims_rope"])  # a list once it was stored
+    return {**values, **sparse}
 
 
 def _moe_section(moe: MoEConfig, **changes: Any) -> dict[str, Any]:
@@ -323,23 +391,48 @@ def _moe_section(moe: MoEConfig, **changes: Any) -> dict[str, Any]:
     return section
 
 
-def _kept(teacher: FluxTransformer2DModel, student: nn.Module) -> dict[str, Tensor]:
-    wanted = student.state_dict()
-    return {name: t for name, t in teacher.state_dict().items() if name in wanted and wanted[name].shape == t.shape}
+def _splits(
+    teacher: FluxTransformer2DModel, scores: Mapping[str, Tensor], moe: MoEConfig, seed: int
+) -> Iterator[tuple[str, Split]]:
+    """(name, split) of every FFN that conversion replaces."""
+    for name in ffn_names(teacher, moe.dense_double_blocks):
+        hidden_width, width = teacher.get_parameter(dense_ffn(name, teacher.inner_dim).w1).shape
+        yield name, split_segments(name, hidden_width, width, scores, moe, seed)
 
 
-def _filled(student: FluxMoETransformer2DModel, state: Mapping[str, Tensor]) -> FluxMoETransformer2DModel:
-    # Copies, so that training the student leaves teacher and source alone; strict, so that no weight is left unset.
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    student.load_state_dict(copies, strict=True, assign=True)
-    return student.eval()
+def _first_parameter(model: nn.Module) -> Ref:
+    """Routers are drawn in its precision."""
+    return Ref("student", next(name for name, _ in model.named_parameters()))
+
+
+# What a recipe makes of a tensor.
+
+
+def _rows(index: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[index.to(tensor.device)]
+
+
+def _columns(index: Tensor, matrix: Tensor) -> Tensor:
+    # Twice as fast as `matrix[:, index]`.
+    return matrix.gather(1, index.to(matrix.device).expand(len(matrix), -1))
+
+
+def _first_columns(count: int, matrix: Tensor) -> Tensor:
+    return matrix[:, :count]
+
+
+def _expert_rows(experts_EF: Tensor, like: Tensor, tensor: Tensor) -> Tensor:
+    return _rows(experts_EF, tensor).to(like)
+
+
+def _expert_columns(experts_EF: Tensor, like: Tensor, matrix_DF: Tensor) -> Tensor:
+    return _columns(experts_EF.flatten(), matrix_DF).view(-1, *experts_EF.shape).transpose(0, 1).to(like)
+
+
+def _drawn(shape: torch.Size, std: float, seed: int, name: str, like: Tensor) -> Tensor:
+    return (torch.randn(shape, generator=_generator(seed, name)) * std).to(like)
 
 
 def _generator(seed: int, *names: str) -> torch.Generator:
     digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _drawn(shape: torch.Size, std: float, seed: int, name: str, like: nn.Module) -> Tensor:
-    model_weight = next(like.parameters())
-    return (torch.randn(shape, generator=_generator(seed, name)) * std).to(model_weight)

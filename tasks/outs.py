@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_core.folders import flush_folder, flush_tree, folder
 
-def flush_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_tree(folder: Path) -> None:
-    """Makes every file below `folder`, and its name, survive a power cut."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            flush_folder(path)
-    flush_folder(folder)
-
-
-@contextlib.contextmanager
-def folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `path` when the block ends without an error; an older `path` is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    yield partial
-    flush_tree(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    flush_folder(path.parent)
+__all__ = ["flush_folder", "flush_tree", "folder", "write_csv", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:

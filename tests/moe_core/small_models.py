@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from moe_core.config import MoBConfig, MoBLevelConfig, MoEConfig
-from moe_core.convert import dense_ffn, ffn_names
+from moe_core.convert import ffn_names
 
 WIDTH = 32
 SIZES: dict[str, Any] = {
@@ -39,7 +39,8 @@ def make_teacher(seed: int = 0, **sizes: Any) -> FluxTransformer2DModel:
 def make_scores(teacher: FluxTransformer2DModel, seed: int = 0) -> dict[str, Tensor]:
     """Importance scores as the importance stage would write them."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(len(dense_ffn(teacher, name).b1_F), generator=generator) for name in ffn_names(teacher)}
+    segments = 4 * teacher.inner_dim
+    return {name: torch.rand(segments, generator=generator) for name in ffn_names(teacher)}
 
 
 def make_moe(**changes: Any) -> MoEConfig:

@@ -1,0 +1,238 @@
+"""Model folders tensor by tensor: read with plain reads, written in shards that diffusers reads. Never a whole model in memory.
+
+- Plain reads, not mapped files: a mapping's pages count as this process's memory until the file is closed, and its tensors start at any byte.
+- What is read next is asked for ahead; copying into files and waiting for the disk have a thread each. So the disk does not wait for the
+  arithmetic, nor the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from moe_core import checkpoint
+from moe_core.checkpoint import Stored
+from moe_core.errors import CheckpointError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+AHEAD_BYTES = 512 * 2**20
+"""How far ahead of the arithmetic files are read, and how much of what is made may wait to be written."""
+FLUSH_BYTES = 512 * 2**20
+"""How much is written between two calls that send it to the disk: not all at the end, when nothing else is left to do."""
+
+
+class ModelFolder:
+    """A model in diffusers' format, dense or sparse: its structure, and its tensors one by one."""
+
+    def __init__(self, path: Path, *classes: type[FluxTransformer2DModel]) -> None:
+        """Reads headers only. Raises CheckpointError, naming file and tensor, unless the folder holds exactly the weights of a model of one of
+        these classes, in fp32, bf16 or fp16."""
+        config = checkpoint.read_config(path)
+        names = {kind.__name__: kind for kind in classes}
+        if config.get("_class_name") not in names:
+            raise CheckpointError(
+                f"{path / checkpoint.CONFIG}: describes a {config.get('_class_name')}; it must be a {' or a '.join(names)}"
+            )
+        with torch.device("meta"):
+            self.model = names[config["_class_name"]].from_config(config)
+        """The structure, on the meta device."""
+        self.path = path
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        self.tensors = checkpoint.check_weights(path, shapes)
+        _check_precision(path, self.tensors)
+        self._files: dict[Path, int] = {}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision in which a tensor is stored."""
+        return DTYPES[self.tensors[name].dtype]
+
+    def size(self, name: str) -> int:
+        """A tensor's size in bytes."""
+        return self.tensors[name].end - self.tensors[name].start
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in memory of its own. Raises CheckpointError if the file has become shorter."""
+        stored = self.tensors[name]
+        raw = torch.empty(self.size(name), dtype=torch.uint8)
+        rest, at = raw.numpy().data, stored.start
+        while rest:
+            count = os.preadv(self._file(stored.path), [rest], at)
+            if not count:
+                raise CheckpointError(f"{stored.path}: ends at byte {at}, within tensor {name}")
+            rest, at = rest[count:], at + count
+        return raw.view(DTYPES[stored.dtype]).view(stored.shape)
+
+    def expect(self, name: str) -> None:
+        """Lets the disk fetch a tensor that will be read soon."""
+        stored = self.tensors[name]
+        os.posix_fadvise(self._file(stored.path), stored.start, self.size(name), os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Closes its files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> ModelFolder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _file(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+
+def _check_precision(path: Path, tensors: Mapping[str, Stored]) -> None:
+    halves: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{tensor.path}: tensor {name} is {tensor.dtype}; it must be {', '.join(DTYPES)}")
+        if tensor.dtype != "F32":
+            halves.setdefault(tensor.dtype, name)
+        other = modules.setdefault(name.rpartition(".")[0], name)
+        if tensors[other].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} is {tensor.dtype}, but {other} of the same layer is {tensors[other].dtype}"
+            )
+    if len(halves) == 2:
+        found = " and ".join(f"{name} is {dtype}" for dtype, name in halves.items())
+        raise CheckpointError(f"{path}: {found}; a model may be in one of these, or partly in F32")
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def cut(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Deals tensors to shards in their order, as diffusers does: a shard ends before the tensor that would make it too big.
+
+    Within a shard wider types come first, so that every tensor starts at a multiple of its own width.
+    """
+    shards: list[list[Entry]] = []
+    size = 0
+    for entry in entries:
+        if not shards or size + entry.size > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.size
+    return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
+
+
+class ShardWriter:
+    """Writes shards into a folder, with their index, under diffusers' names. Every file is on the disk when the block ends."""
+
+    def __init__(self, folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
+        self._folder, self._shards = folder, shards
+        self._copying, self._flushing = ThreadPoolExecutor(1, "copy"), ThreadPoolExecutor(1, "flush")
+        self._copies: deque[tuple[Future[None], int]] = deque()
+        self._flushes: list[Future[None]] = []
+        self._waiting = 0
+        self._todo = deque((number, entry) for number, shard in enumerate(shards) for entry in shard)
+        self._files: dict[int, int] = {}
+        self._unflushed = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._copying.shutdown(cancel_futures=True)
+            self._flushing.shutdown(cancel_futures=True)
+            for file in self._files.values():
+                os.close(file)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Takes the next tensor of the shards. It must not be changed afterwards. Raises CheckpointError if it is not the one expected."""
+        number, entry = self._todo.popleft()
+        if Entry(name, tensor.dtype, tuple(tensor.shape)) != entry:
+            raise CheckpointError(
+                f"conversion made {name}, {tensor.dtype} {list(tensor.shape)}; it must be {entry.name}, {entry.dtype} {list(entry.shape)}"
+            )
+        while self._copies and self._waiting + entry.size > AHEAD_BYTES:
+            self._take_back()
+        last = not self._todo or self._todo[0][0] != number
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        self._copies.append((self._copying.submit(self._write, number, raw, last), entry.size))
+        self._waiting += entry.size
+
+    def _take_back(self) -> None:
+        copy, size = self._copies.popleft()
+        copy.result()
+        self._waiting -= size
+
+    def _finish(self) -> None:
+        while self._copies:
+            self._take_back()
+        for flush in self._flushes:
+            flush.result()
+        if self._todo:
+            raise CheckpointError(f"conversion did not make {self._todo[0][1].name}")
+        if len(self._shards) > 1:
+            weight_map = {
+                entry.name: self._name(number) for number, shard in enumerate(self._shards) for entry in shard
+            }
+            total = sum(entry.size for shard in self._shards for entry in shard)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self._folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _name(self, number: int) -> str:
+        if len(self._shards) == 1:
+            return checkpoint.WEIGHTS
+        stem, suffix = checkpoint.WEIGHTS.split(".")
+        return f"{stem}-{number + 1:05d}-of-{len(self._shards):05d}.{suffix}"
+
+    def _write(self, number: int, raw: Tensor, last: bool) -> None:
+        """In the copying thread."""
+        if number not in self._files:
+            self._files[number] = os.open(
+                self._folder / self._name(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666
+            )
+            _write_all(self._files[number], memoryview(_header(self._shards[number])))
+        _write_all(self._files[number], raw.numpy().data)
+        self._unflushed += len(raw)
+        if last or self._unflushed >= FLUSH_BYTES:
+            self._flushes.append(self._flushing.submit(os.fsync, self._files[number]))
+            self._unflushed = 0
+
+
+def _write_all(file: int, rest: memoryview) -> None:
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _header(shard: Sequence[Entry]) -> bytes:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in shard:
+        header[entry.name] = {"dtype": names[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + entry.size]}
+        at += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
