@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from moe_core.config import Params, parse
 from tasks.distillation import distil
-from tasks.places import IMPORTANCE, SHARED_EXPERT
+from tasks.places import IMPORTANCE, SHARED_EXPERT, TEACHER
 from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxTransformer2DModel
 
-    from moe_core.transformer import FluxMoETransformer2DModel
     from tasks.kd_trainee import KDTrainee
 
 
@@ -26,16 +24,16 @@ def shared_expert_kd(stage: Stage) -> None:
 def build(device: torch.device, root: str, params: dict[str, Any], made: str) -> KDTrainee:
     """In a worker: the teacher, converted."""
     # Torch and diffusers load in the workers, not in the driver.
-    from moe_core import convert, noise
+    from moe_core import noise, stream
     from tasks import kd_trainee
     from tasks.importance_files import load
 
     config, place = parse(Params, params), Path(root)
 
-    def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
+    def student(out: Path) -> None:
         found = load(place / IMPORTANCE)
         seed = noise.derive_seed(config.seed, "conversion")
-        return convert.to_shared(teacher, found.scores, config.moe, found.conditioning, seed)
+        stream.to_shared(place / TEACHER / "transformer", out, found.scores, config.moe, found.conditioning, seed)
 
     return kd_trainee.build(device, place, config, config.kd.shared_expert, "shared_expert_kd", student, Path(made))
 
