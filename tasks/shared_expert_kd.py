@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +19,42 @@ if TYPE_CHECKING:
     from tasks.kd_trainee import KDTrainee
 
 
+START = "conditioning.json"
+"""In the resume folder: how near to the teacher's the modulations were before training (`adaln.Start`)."""
+
+
 def shared_expert_kd(stage: Stage) -> None:
     """Writes data/checkpoints/shared_expert/."""
-    distil(stage, "tasks.shared_expert_kd:build", stage.params.kd.shared_expert, SHARED_EXPERT, lambda folder: {})
+    distil(stage, "tasks.shared_expert_kd:build", stage.params.kd.shared_expert, SHARED_EXPERT, lambda _: _start(stage))
+
+
+def _start(stage: Stage) -> dict[str, Any]:
+    assert stage.resume is not None
+    file = stage.resume.path / START
+    # None where the conditioning is not compressed.
+    return {"modulation_error_before_training": json.loads(file.read_text())} if file.exists() else {}
 
 
 def build(device: torch.device, root: str, params: dict[str, Any], made: str) -> KDTrainee:
     """In a worker: the teacher, converted."""
     # Torch and diffusers load in the workers, not in the driver.
-    from moe_core import convert, noise
-    from tasks import kd_trainee
+    from moe_core import adaln, convert, noise
+    from tasks import kd_trainee, outs
     from tasks.importance_files import load
+    from tasks.worker import Worker
 
     config, place = parse(Params, params), Path(root)
 
     def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
-        found = load(place / IMPORTANCE)
+        found, moe = load(place / IMPORTANCE), config.moe
         seed = noise.derive_seed(config.seed, "conversion")
-        return convert.to_shared(teacher, found.scores, config.moe, found.conditioning, seed)
+        if moe.conditioning_dim is not None and Worker.here(device).rank == 0:
+            read = teacher.state_dict().__getitem__
+            errors = adaln.start_errors(teacher, read, found.conditioning, moe.conditioning_dim, moe.ridge, seed)
+            # Six digits: the last ones depend on the number of threads.
+            start = {name: float(f"{value:.6g}") for name, value in errors._asdict().items()}
+            outs.write_json(Path(made).with_name(START), start)
+        return convert.to_shared(teacher, found.scores, moe, found.conditioning, seed)
 
     return kd_trainee.build(device, place, config, config.kd.shared_expert, "shared_expert_kd", student, Path(made))
 
