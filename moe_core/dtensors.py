@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,3 +26,24 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     # Without a source nothing is sent: each process cuts its part out.
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def drop_zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Makes gradients that are 0 throughout, in every process, None; only of sharded parameters.
+
+    A block that no sample of any process passed has such ones here, and none in a whole model. Optimizers tell the two apart: a
+    weight without a gradient keeps its moments, and does not decay.
+    """
+    spread = [(p, p.grad) for p in parameters if isinstance(p.grad, DTensor)]
+    if not spread:
+        return
+    largest = torch.stack([_largest(gradient.to_local()) for _, gradient in spread])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=spread[0][1].device_mesh.get_group())
+    for (parameter, _), value in zip(spread, largest.tolist(), strict=True):
+        if value == 0:
+            parameter.grad = None
+
+
+def _largest(part: Tensor) -> Tensor:
+    # A process may have no part of a small tensor.
+    return part.abs().max() if part.numel() else part.new_zeros(())

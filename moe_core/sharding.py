@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_core import checkpoint
+from moe_core.checkpoint import Stored
 from moe_core.dtensors import full
 from moe_core.errors import CheckpointError
 from moe_core.mob import BlockRouter, MoBGroup
 from moe_core.moe import MoELayer, Router
+from moe_core.shards import Entry, cut
 from moe_core.transformer import FluxMoETransformer2DModel
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ def load_flux(
         )
     with torch.device("meta"):
         model = classes[name].from_config(config)
-    checkpoint.check_weights(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    stored = checkpoint.check_weights(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     model.requires_grad_(False)
     if isinstance(model, FluxMoETransformer2DModel):
         model.set_trainable(train)
@@ -132,21 +134,20 @@ def load_flux(
     lower_frozen(model, precision)
     shard_flux(model, mesh, precision if precision == torch.bfloat16 else None)
     model.to_empty(device=device)
-    _read_parts(model, folder)
+    _read_parts(model, stored)
     return model
 
 
 @torch.no_grad()
-def _read_parts(model: nn.Module, folder: Path) -> None:
+def _read_parts(model: nn.Module, stored: Mapping[str, Stored]) -> None:
     parameters = dict(model.named_parameters())
-    for path, names in checkpoint.tensors_of(folder).items():
+    for path in sorted({tensor.path for tensor in stored.values()}):
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                parameter = parameters[name]
-                source = file.get_slice(name)
-                target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                # Copied: a tensor mapped from a file may start at any byte, and CPU kernels then round otherwise.
-                target.copy_(source[_own_slices(parameter)])
+            for name, parameter in parameters.items():
+                if stored[name].path == path:
+                    target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    # Copied: a tensor mapped from a file may start at any byte, and CPU kernels then round otherwise.
+                    target.copy_(file.get_slice(name)[_own_slices(parameter)])
 
 
 def _own_slices(parameter: Tensor) -> tuple[slice, ...]:
@@ -171,15 +172,14 @@ def save_flux(model: FluxTransformer2DModel, folder: Path, dtype: torch.dtype | 
     dtype: of the written weights; None: as they are kept.
     """
     state = model.state_dict()
-    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in state.items()}
-    files = list(_files(sizes))
+    files = cut([Entry(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()], FILE_BYTES)
     names = [checkpoint.WEIGHTS] if len(files) == 1 else _numbered(len(files))
     for file, members in zip(names, files, strict=True):
         tensors: dict[str, Tensor] = {}
-        for name in members:
-            whole = full(state[name].detach())
+        for entry in members:
+            whole = full(state[entry.name].detach())
             if writes:
-                tensors[name] = whole.to("cpu", dtype or whole.dtype, copy=True).contiguous()
+                tensors[entry.name] = whole.to("cpu", entry.dtype, copy=True).contiguous()
             del whole
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -188,22 +188,10 @@ def save_flux(model: FluxTransformer2DModel, folder: Path, dtype: torch.dtype | 
         config = json.loads(model.to_json_string()) | {"_class_name": _class_of(model)}
         (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if len(files) > 1:
-            weight_map = {name: file for file, members in zip(names, files, strict=True) for name in members}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            weight_map = {entry.name: file for file, members in zip(names, files, strict=True) for entry in members}
+            size = sum(entry.size for members in files for entry in members)
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _files(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Cuts names, in order, into files of at most FILE_BYTES; a larger tensor has one of its own."""
-    file: list[str] = []
-    filled = 0
-    for name, size in sizes.items():
-        if file and filled + size > FILE_BYTES:
-            yield file
-            file, filled = [], 0
-        file.append(name)
-        filled += size
-    yield file
 
 
 def _class_of(model: nn.Module) -> str:

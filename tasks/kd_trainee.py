@@ -1,7 +1,7 @@
 """What the three distillation stages train, in the workers: a student beside its frozen teacher, on the shards.
 
-- `compute.sharding: none`: every worker has both models, and the stage's student is made in its memory.
-- `full`: rank 0 makes the student once, as a folder that a resumed run finds again; all workers load their parts from it.
+- Rank 0 makes the stage's student once, tensor by tensor, as a folder that a resumed run finds again.
+- `compute.sharding: none`: every worker loads both models. `full`: it loads its parts of them.
 - Either way, with `precision: bf16` what is frozen is kept in bf16, what trains in fp32. The VAE is not loaded: nobody decodes.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -20,14 +20,13 @@ from moe_core.config import KDStageConfig, Params
 from moe_core.data.latents import LatentDataset
 from moe_core.distill import KDBatch, KDStep
 from moe_core.transformer import FluxMoETransformer2DModel
-from tasks import outs
 from tasks.batches import make_batch
 from tasks.places import SHARDS, TEACHER
 from tasks.validation import validation_loss
 from tasks.worker import Worker
 
-Convert = Callable[[FluxTransformer2DModel], FluxMoETransformer2DModel]
-"""Makes a stage's student, of the dense teacher or of what an earlier stage left."""
+Convert = Callable[[Path], None]
+"""Writes a stage's student into a folder that is not there yet, whole or not at all."""
 
 
 def build(
@@ -36,47 +35,44 @@ def build(
     """The student of a stage, its teacher and the shards.
 
     `purpose` names the stage in its random numbers, so that stages of one seed do not see the same noise. `made`: where the
-    student to begin with is kept, if it is to be loaded into shards.
+    student to begin with is kept.
     """
-    parts = _sharded if params.compute.sharding == "full" else _whole
-    pipeline, student = parts(device, root, params, stage, convert, made)
+    worker = Worker.here(device)
+    if worker.rank == 0 and not made.exists():
+        convert(made)
+    worker.barrier()
+    load = _sharded if params.compute.sharding == "full" else _whole
+    pipeline, student = load(worker, root / TEACHER, made, params, stage)
     return KDTrainee(pipeline, student, stage, params, root, purpose)
 
 
 def _whole(
-    device: torch.device, root: Path, params: Params, stage: KDStageConfig, convert: Convert, made: Path
+    worker: Worker, teacher: Path, made: Path, params: Params, stage: KDStageConfig
 ) -> tuple[FluxPipeline, FluxMoETransformer2DModel]:
-    pipeline = sampling.load_pipeline(root / TEACHER, without=("vae",))
-    student = convert(pipeline.transformer)
+    pipeline = sampling.load_pipeline(teacher, without=("vae",))
+    student = sampling.load_transformer(made)
     student.set_trainable(stage.train)
     if stage.optimizer.precision == "bf16":
         sharding.lower_frozen(student, torch.bfloat16)
         for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
             part.requires_grad_(False)
             sharding.lower_frozen(part, torch.bfloat16)
-    return pipeline.to(device), student.to(device)
+    return pipeline.to(worker.device), student.to(worker.device)
 
 
 def _sharded(
-    device: torch.device, root: Path, params: Params, stage: KDStageConfig, convert: Convert, made: Path
+    worker: Worker, teacher: Path, made: Path, params: Params, stage: KDStageConfig
 ) -> tuple[FluxPipeline, FluxMoETransformer2DModel]:
-    worker, dense = Worker.here(device), root / TEACHER / "transformer"
-    if worker.rank == 0 and not made.exists():
-        with outs.folder(made) as folder:
-            student = convert(sampling.load_transformer(dense))
-            sharding.save_flux(student, folder, None, writes=True)
-            del student
-    worker.barrier()
-    precision = torch.bfloat16 if stage.optimizer.precision == "bf16" else torch.float32
+    device, precision = worker.device, torch.bfloat16 if stage.optimizer.precision == "bf16" else torch.float32
     mesh = init_device_mesh(device.type, (worker.size,))
-    pipeline = sampling.load_pipeline(root / TEACHER, dtype=precision, without=("vae", "transformer"))
+    pipeline = sampling.load_pipeline(teacher, dtype=precision, without=("vae", "transformer"))
     pipeline.text_encoder.to(device)
     pipeline.text_encoder_2.requires_grad_(False)
     if params.compute.text_encoders == "sharded":
         sharding.shard_text_encoder(pipeline.text_encoder_2, mesh)
     else:
         pipeline.text_encoder_2.to(device)
-    pipeline.register_modules(transformer=sharding.load_flux(dense, mesh, device, precision))
+    pipeline.register_modules(transformer=sharding.load_flux(teacher / "transformer", mesh, device, precision))
     return pipeline, sharding.load_flux(made, mesh, device, precision, stage.train)
 
 

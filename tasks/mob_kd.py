@@ -16,9 +16,7 @@ from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxTransformer2DModel
 
-    from moe_core.transformer import FluxMoETransformer2DModel
     from tasks.kd_trainee import KDTrainee
 
 
@@ -37,19 +35,19 @@ def _groups(folder: Path) -> dict[str, Any]:
 def build(device: torch.device, root: str, params: dict[str, Any], made: str, level: str) -> KDTrainee:
     """In a worker: the level's starting model with its groups and their routers."""
     # Torch and diffusers load in the workers, not in the driver.
-    from moe_core import convert, noise, sampling
+    from moe_core import noise, stream
     from tasks import kd_trainee
     from tasks.importance_files import load
 
     config, place = parse(Params, params), Path(root)
     chosen = config.mob.levels[level]
 
-    def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
-        # A dense start is the teacher once more: the teacher itself would be trained otherwise.
+    def student(out: Path) -> None:
         start = place / "data" / chosen.init
-        first = sampling.load_transformer(start / "transformer" if (start / "transformer").is_dir() else start)
+        # A dense start is a pipeline: the teacher.
+        first = start / "transformer" if (start / "transformer").is_dir() else start
         seed = noise.derive_seed(config.seed, "conversion")
-        return convert.to_mob(first, chosen, config.mob, load(place / IMPORTANCE).block_change, seed)
+        stream.to_mob(first, out, chosen, config.mob, load(place / IMPORTANCE).block_change, seed)
 
     return kd_trainee.build(device, place, config, config.kd.mob, f"mob_kd-{level}", student, Path(made))
 

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from moe_core.config import Params, parse
 from tasks.distillation import distil
-from tasks.places import IMPORTANCE, MOE, SHARED_EXPERT
+from tasks.places import IMPORTANCE, MOE, SHARED_EXPERT, TEACHER
 from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxTransformer2DModel
 
-    from moe_core.transformer import FluxMoETransformer2DModel
     from tasks.kd_trainee import KDTrainee
 
 
@@ -26,21 +24,20 @@ def moe_kd(stage: Stage) -> None:
 def build(device: torch.device, root: str, params: dict[str, Any], made: str) -> KDTrainee:
     """In a worker: the shared-expert student with experts and routers added; with `kd.joint`, the teacher converted at once."""
     # Torch and diffusers load in the workers, not in the driver.
-    from moe_core import convert, noise
-    from moe_core.transformer import FluxMoETransformer2DModel
+    from moe_core import noise, stream
     from tasks import kd_trainee
     from tasks.importance_files import load
 
     config, place = parse(Params, params), Path(root)
 
-    def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
-        found = load(place / IMPORTANCE)
+    def student(out: Path) -> None:
+        found, teacher = load(place / IMPORTANCE), place / TEACHER / "transformer"
         # The same seed as in shared_expert_kd: a random split must be the same in both.
         seed = noise.derive_seed(config.seed, "conversion")
         if config.kd.joint:
-            return convert.to_moe_joint(teacher, found.scores, config.moe, found.conditioning, seed)
-        shared = FluxMoETransformer2DModel.from_pretrained(place / SHARED_EXPERT)
-        return convert.to_moe(shared, teacher, found.scores, config.moe, seed)
+            stream.to_moe_joint(teacher, out, found.scores, config.moe, found.conditioning, seed)
+        else:
+            stream.to_moe(place / SHARED_EXPERT, teacher, out, found.scores, config.moe, seed)
 
     return kd_trainee.build(device, place, config, config.kd.moe, "moe_kd", student, Path(made))
 

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from moe_core.config import Params, parse
 from tasks.distillation import distil
-from tasks.places import IMPORTANCE, SHARED_EXPERT
+from tasks.places import IMPORTANCE, SHARED_EXPERT, TEACHER
 from tasks.stage import Stage, execute
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxTransformer2DModel
 
-    from moe_core.transformer import FluxMoETransformer2DModel
     from tasks.kd_trainee import KDTrainee
 
 
@@ -38,23 +36,22 @@ def _start(stage: Stage) -> dict[str, Any]:
 def build(device: torch.device, root: str, params: dict[str, Any], made: str) -> KDTrainee:
     """In a worker: the teacher, converted."""
     # Torch and diffusers load in the workers, not in the driver.
-    from moe_core import adaln, convert, noise
+    from moe_core import noise, stream
     from tasks import kd_trainee, outs
     from tasks.importance_files import load
-    from tasks.worker import Worker
 
     config, place = parse(Params, params), Path(root)
 
-    def student(teacher: FluxTransformer2DModel) -> FluxMoETransformer2DModel:
-        found, moe = load(place / IMPORTANCE), config.moe
+    def student(out: Path) -> None:
+        dense, found, moe = place / TEACHER / "transformer", load(place / IMPORTANCE), config.moe
         seed = noise.derive_seed(config.seed, "conversion")
-        if moe.conditioning_dim is not None and Worker.here(device).rank == 0:
-            read = teacher.state_dict().__getitem__
-            errors = adaln.start_errors(teacher, read, found.conditioning, moe.conditioning_dim, moe.ridge, seed)
+        if moe.conditioning_dim is not None:
+            errors = stream.start_errors(dense, found.conditioning, moe, seed)
             # Six digits: the last ones depend on the number of threads.
-            start = {name: float(f"{value:.6g}") for name, value in errors._asdict().items()}
-            outs.write_json(Path(made).with_name(START), start)
-        return convert.to_shared(teacher, found.scores, moe, found.conditioning, seed)
+            outs.write_json(
+                out.with_name(START), {name: float(f"{value:.6g}") for name, value in errors._asdict().items()}
+            )
+        stream.to_shared(dense, out, found.scores, moe, found.conditioning, seed)
 
     return kd_trainee.build(device, place, config, config.kd.shared_expert, "shared_expert_kd", student, Path(made))
 

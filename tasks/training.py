@@ -137,6 +137,7 @@ class _Loop:
                     losses = module(batch)
                 (losses["loss"] * (config.at_once / config.batch_size)).backward()
             found.append({name: value.detach() for name, value in losses.items()})
+        dtensors.drop_zero_gradients(parameters)
         norm = dtensors.full(nn.utils.clip_grad_norm_(parameters, config.grad_clip))
         optim.step()
         record = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}

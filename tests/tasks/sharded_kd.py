@@ -98,7 +98,7 @@ def phase(models: Path, kind: str, sharded: bool, steps: int = 50, name: str = "
     arguments = {key: more.pop(key) for key in ("dtype", "stop_at", "mark") if key in more}
     values = {"steps": steps, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.01, **more}
     arguments |= {"folder": str(models), "kind": kind, "sharded": sharded}
-    return Phase(name, "tests.tasks.sharded_kd:build", arguments, OptimizerConfig(**values), 25, 5, 10)
+    return Phase(name, "tests.tasks.sharded_kd:build", arguments, OptimizerConfig(**values), 25, 5, 5)
 
 
 def train(jobs: Sequence[Phase], folder: Path, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Kills, for real: the driver, a worker, the whole group, in the middle of a checkpoint; the next run ends bit for bit the same.
+"""Kills, for real: the driver, a worker, a node, the whole group, in the middle of a checkpoint; the next run ends bit for bit the same.
 
 What is trained is the real pipeline of few steps; it is run once without a kill, stage by stage, by DVC.
 """
@@ -135,12 +135,12 @@ def marked(folder: Path) -> list[tuple[int, str]]:
     return found
 
 
-def start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+def start(folder: Path, command: list[str], **more: str) -> subprocess.Popen[bytes]:
     with (folder / "stage.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=folder,
-            env=environment(folder),
+            env=environment(folder) | more,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -257,13 +257,15 @@ def workers(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def two_workers(finished: Path) -> Iterator[Path]:
-    """The same project with two workers, for one test; what it makes of the shared experts goes with it."""
+def two_workers(finished: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The same project with two workers, for one test; what it makes of the shared experts goes with it. Its parameter is `compute.sharding`."""
     out = finished / STAGES["shared_expert_kd"][1]
     curve = finished / "reports" / "curves" / "shared_expert_kd.csv"
     params, kept, kept_curve = (finished / "params.yaml").read_text(), finished / "kept", curve.read_text()
     out.rename(kept)
-    (finished / "params.yaml").write_text(compose(ROOT, [*FEW, "compute.num_workers=2"]))
+    (finished / "params.yaml").write_text(
+        compose(ROOT, [*FEW, "compute.num_workers=2", "compute.max_failures=3", f"compute.sharding={request.param}"])
+    )
     try:
         yield finished
     finally:
@@ -275,6 +277,7 @@ def two_workers(finished: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("two_workers", ["none"], indirect=True)
 def test_two_workers_distil_as_one_does_and_go_on_after_a_kill_bit_for_bit(two_workers: Path) -> None:
     out, curve = (
         two_workers / STAGES["shared_expert_kd"][1],
@@ -288,6 +291,59 @@ def test_two_workers_distil_as_one_does_and_go_on_after_a_kill_bit_for_bit(two_w
     assert by_two["distill"].to_numpy() == pytest.approx(by_one["distill"].to_numpy(), rel=1e-2)
     shutil.rmtree(out)
     _kill_and_resume(two_workers, "shared_expert_kd", [("train", 5, "group")])
+    assert hashes(out) == expected
+    assert curve.read_text() == expected_curve
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+here = {"node_ip_address": "127.0.0.1"}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **here})
+nodes = [cluster.add_node(num_cpus=1, **here) for _ in range(2)]
+print(cluster.address, flush=True)
+for _ in sys.stdin:
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+    nodes.append(cluster.add_node(num_cpus=1, **here))
+    print("replaced", flush=True)
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("two_workers", ["full"], indirect=True)
+def test_sharded_workers_of_two_nodes_lose_a_worker_or_a_node_and_end_the_same(two_workers: Path) -> None:
+    command, place, _ = STAGES["shared_expert_kd"]
+    out, curve = two_workers / place, two_workers / "reports" / "curves" / "shared_expert_kd.csv"
+    by_one = pd.read_csv(curve)
+    _kill_and_resume(two_workers, "shared_expert_kd", [("train", 4, "worker")])
+    by_two, expected, expected_curve = pd.read_csv(curve), hashes(out), curve.read_text()
+    assert (by_two["step"] == by_one["step"]).all()
+    assert by_two["distill"].to_numpy() == pytest.approx(by_one["distill"].to_numpy(), rel=1e-4)
+    shutil.rmtree(out)
+
+    quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    nodes = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(two_workers) | quiet,
+    )
+    assert nodes.stdin is not None
+    assert nodes.stdout is not None
+    try:
+        process = start(two_workers, command, RAY_ADDRESS=nodes.stdout.readline().strip(), **quiet)
+        wait_for(two_workers, process, lambda: step_of(two_workers, "shared_expert_kd", "train") >= 7, "step 7")
+        nodes.stdin.write("lose one\n")
+        nodes.stdin.flush()
+        assert nodes.stdout.readline() == "replaced\n"
+        assert process.wait(600) == 0, (two_workers / "stage.log").read_text()[-3000:]
+    finally:
+        nodes.stdin.close()
+        nodes.wait(60)
+    assert "train goes on from" in (two_workers / "stage.log").read_text()
     assert hashes(out) == expected
     assert curve.read_text() == expected_curve
 
