@@ -165,9 +165,9 @@ def start_errors(
 ) -> Start:
     """How near to the teacher's the modulations are before any training: for the fit, and beside it for a random start.
 
-    teacher: only its structure is used; `read` gives its tensors by name, one layer's at a time. Measured on at most MEASURED vectors, evenly
-    spread over the set. The random start draws from `seed`; it sees the least hidden states of the embedders that give the vectors. Raises
-    ConfigError as `fit` does.
+    teacher: only its structure is used; `read` gives its tensors by name, on the vectors' device, one layer's at a time.
+    Measured on at most MEASURED vectors, evenly spread over the set. The random start draws from `seed`; it sees the least hidden states of the
+    embedders that give the vectors. Raises ConfigError as `fit` does.
     """
     width = teacher.inner_dim
     whole = fit(vectors_ND, width, conditioning_dim, ridge)

@@ -45,6 +45,7 @@ PLUMBING = {
     "tasks/run_training.py": "starts the loop, which is listed: tasks/training.py",
     "tasks/cluster.py": "starts or joins Ray",
     "tasks/outs.py": "moves finished files into place",
+    "moe_core/folders.py": "moves finished folders into place",
 }
 """Modules that run a stage without deciding its result, and why: a change to them must not train a teacher anew."""
 DVC = [sys.executable, "-m", "dvc"]
