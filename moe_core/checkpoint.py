@@ -83,14 +83,6 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict
     return found
 
 
-def tensors_of(folder: Path) -> dict[Path, list[str]]:
-    """Each weight file with the names of its tensors. Raises CheckpointError as `stored`."""
-    files: dict[Path, list[str]] = {}
-    for name, tensor in stored(folder).items():
-        files.setdefault(tensor.path, []).append(name)
-    return files
-
-
 def check_precision(folder: Path, tensors: Mapping[str, Stored]) -> None:
     """A model must be in one format, or partly in F32, and a layer's tensors in the same; raises CheckpointError that names one which is not."""
     halves: dict[str, str] = {}

@@ -37,6 +37,15 @@ _MAX_T5_TOKENS = 512
 """FluxPipeline's own limit."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What weights are loaded in, by `model.precision`."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which a model loaded in this precision takes inputs in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def load_pipeline(
     folder: Path,
     transformer: Path | None = None,
@@ -58,6 +67,13 @@ def load_pipeline(
     pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **LOADING, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def with_transformer(pipeline: FluxPipeline, transformer: FluxTransformer2DModel) -> FluxPipeline:
+    """The same pipeline with another transformer; the other parts are shared."""
+    other = FluxPipeline(**{**pipeline.components, "transformer": transformer})
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:

@@ -54,7 +54,8 @@ class Generator:
         torch.set_num_threads(params.compute.cpus_per_worker)
         self.root, self.params = root, params
         device = "cuda" if params.compute.use_gpu else "cpu"
-        self.pipeline = sampling.load_pipeline(root / TEACHER, None if dense else root / transformer, device)
+        dtype = sampling.DTYPES[params.model.precision]
+        self.pipeline = sampling.load_pipeline(root / TEACHER, None if dense else root / transformer, device, dtype)
         if isinstance(self.pipeline.transformer, FluxMoETransformer2DModel):
             self.pipeline.transformer.set_expert_backend(params.compute.expert_backend)
         self.pipeline.transformer.eval()
@@ -86,10 +87,12 @@ class Generator:
         from tasks.places import SHARDS, TEACHER
         from tasks.validation import validation_loss
 
-        teacher = sampling.load_pipeline(self.root / TEACHER, None, self.pipeline.device)
-        return validation_loss(
-            teacher, self.pipeline.transformer, LatentDataset(self.root / SHARDS, "val"), self.params, batch_size
-        )
+        device, precision = self.pipeline.device, self.params.model.precision
+        teacher = sampling.load_transformer(self.root / TEACHER / "transformer", sampling.DTYPES[precision]).to(device)
+        data = LatentDataset(self.root / SHARDS, "val")
+        with sampling.autocast(device, precision):
+            pipeline = sampling.with_transformer(self.pipeline, teacher)
+            return validation_loss(pipeline, self.pipeline.transformer, data, self.params, batch_size)
 
     def cost(self) -> dict[str, Any]:
         """Parameters, and FLOPs of one call for one picture."""

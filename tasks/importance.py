@@ -51,7 +51,8 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
 
     torch.set_num_threads(threads)
     worker, config = Worker.here(device), parse(Params, params)
-    pipeline = sampling.load_pipeline(root / TEACHER, without=("vae",)).to(device)
+    precision = config.model.precision
+    pipeline = sampling.load_pipeline(root / TEACHER, None, device, sampling.DTYPES[precision], without=("vae",))
     data = LatentDataset(root / SHARDS, "calibration")
     seed, size = noise.derive_seed(config.seed, "importance"), config.kd.importance_batch_size
     for number, first in enumerate(range(0, len(data), size)):
@@ -61,7 +62,8 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
         positions = range(first, min(first + size, len(data)))
         accumulator = ImportanceAccumulator(pipeline.transformer)
         batch = make_batch(pipeline, data, positions, seed, positions, config)
-        accumulator.update(batch, keys=data.get(positions)[1])
+        with sampling.autocast(device, precision):
+            accumulator.update(batch, keys=data.get(positions)[1])
         with outs.folder(target) as folder:
             save_file(
                 {**accumulator.state, "conditioning": accumulator.conditioning_vectors()}, folder / "sums.safetensors"

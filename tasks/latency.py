@@ -30,10 +30,7 @@ def latency(stage: Stage) -> None:
     transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if params.compute.use_gpu else "cpu")
     stage.run.tag({"device": describe(device)})
-    pipelines = {
-        name: _load(stage.root, Path(model.checkpoint), name == DENSE, device, params)
-        for name, model in params.models.items()
-    }
+    pipelines = _load(stage.root, params, device)
     prompts = [record["prompt"] for record in read_prompts(stage.root / PROMPTS)]
     models: dict[str, dict[str, Any]] = {name: {} for name in pipelines}
     for size in config.latency_batch_sizes:
@@ -64,12 +61,20 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _load(root: Path, folder: Path, dense: bool, device: torch.device, params: Params) -> FluxPipeline:
-    pipeline = sampling.load_pipeline(root / TEACHER, None if dense else root / folder, device)
-    if not dense:
-        pipeline.transformer.set_expert_backend(params.compute.expert_backend)
-    pipeline.transformer.eval()
-    return pipeline
+def _load(root: Path, params: Params, device: torch.device) -> dict[str, FluxPipeline]:
+    """Every model in a pipeline; all share the teacher's text encoders and VAE."""
+    dtype = sampling.DTYPES[params.model.precision]
+    teacher = sampling.load_pipeline(root / TEACHER, None, device, dtype)
+    teacher.transformer.eval()
+    pipelines = {}
+    for name, model in params.models.items():
+        if name == DENSE:
+            pipelines[name] = teacher
+            continue
+        transformer = sampling.load_transformer(root / model.checkpoint, dtype).to(device).eval()
+        transformer.set_expert_backend(params.compute.expert_backend)
+        pipelines[name] = sampling.with_transformer(teacher, transformer)
+    return pipelines
 
 
 def _time(pipeline: FluxPipeline, prompts: list[str], params: Params, device: torch.device) -> float:

@@ -38,8 +38,11 @@ def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         return muon.Muon(*muon.split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    kind: Callable[..., torch.optim.Optimizer] = _adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
-    return kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    rates = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        return _adamw8bit()(parameters, **rates)
+    # CUDA's other kinds make copies of all weights for a moment.
+    return torch.optim.AdamW(parameters, **rates, fused=all(parameter.is_cuda for parameter in parameters) or None)
 
 
 def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:

@@ -187,7 +187,8 @@ class Costs:
         validation = params.kd.validation_samples * (
             self._flops(self.configs["teacher"]) + self._flops(self.configs[name])
         )
-        memory[TEACHER] = accounting.count(self.configs["teacher"]).total * self.given.itemsize
+        if name != "teacher":
+            memory[TEACHER] = accounting.count(self.configs["teacher"]).total * self.given.itemsize
         counts = accounting.count(self.configs[name])
         work = f"{prompts} pictures of {params.model.num_inference_steps} steps, {size} at once"
         return StageCost(
