@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         return muon.Muon(*muon.split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    rates = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    rates: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
         return _adamw8bit()(parameters, **rates)
     # CUDA's other kinds make copies of all weights for a moment.
