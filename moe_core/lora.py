@@ -47,8 +47,8 @@ class Change:
 
     def add_to(self, weight_OI: Tensor, scale: float) -> Tensor:
         """The fused weight, in the format of the given one."""
-        delta_OI = self.up_OR @ self.down_RI
-        return delta_OI.mul_(scale * self.factor).add_(weight_OI.float()).to(weight_OI.dtype)
+        sum_OI = weight_OI.to(torch.float32, copy=True)
+        return sum_OI.addmm_(self.up_OR, self.down_RI, alpha=scale * self.factor).to(weight_OI.dtype)
 
 
 def read_lora(file: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:

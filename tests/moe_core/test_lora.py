@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_core import checkpoint, lora
 from moe_core.errors import CheckpointError
 from moe_core.flux_shapes import dense_shapes
+from moe_core.references import FLUX1_DEV
 from tests.moe_core.small_models import SIZES, make_teacher
 
 SCALE, RANK = 0.125, 3
@@ -299,3 +303,37 @@ def test_a_sum_that_overflows_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, plain({"x_embedder": (torch.full((3, 8), 300.0), torch.full((32, 3), 300.0))}))
     with pytest.raises(CheckpointError, match=r"x_embedder.weight with the LoRA at scale 1 does not fit into F16"):
         fuse(tmp_path / "dense", tmp_path / "out", file, 1.0)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_lora_and_a_matrix(tmp_path: Path) -> None:
+    """Four single blocks of FLUX.1's width, 1.3 GB in one file; the largest matrix has 0.1 GB, in float32 0.2."""
+    config = {**FLUX1_DEV, "num_layers": 0, "num_single_layers": 4}
+    shapes = dense_shapes(config)
+    save_file(
+        {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+        tmp_path / "dense.safetensors",
+    )
+    layers = [
+        name.removesuffix(".weight") for name in shapes if ".proj_out.weight" in name or ".norm.linear.weight" in name
+    ]
+    pairs = {
+        layer: (torch.ones(2, shapes[f"{layer}.weight"][1]), torch.ones(shapes[f"{layer}.weight"][0], 2))
+        for layer in layers
+    }
+    file = write(tmp_path, plain(pairs))
+    code = (
+        "import resource; from pathlib import Path; from moe_core import lora; from moe_core.flux_shapes import dense_shapes;"
+        f"folder = Path({str(tmp_path)!r}); changes = lora.read_lora(folder / {file.name!r}, dense_shapes({dict(config)!r}));"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "done = lora.fuse_file(folder / 'dense.safetensors', folder / 'out.safetensors', changes, 0.5);"
+        "print(len(done), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    root = Path(lora.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    fused, kilobytes = map(int, done.stdout.split())
+    assert fused == len(layers) == 8
+    assert kilobytes < 0.5 * 2**20 < (tmp_path / "dense.safetensors").stat().st_size / 2**10
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as out:
+        assert (out.get_tensor(f"{layers[-1]}.weight") == 2).all()
+        assert (out.get_tensor("single_transformer_blocks.3.proj_mlp.weight") == 1).all()

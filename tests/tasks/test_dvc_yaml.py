@@ -28,6 +28,7 @@ PLUMBING = {
     "moe_core/checkpoint.py": "refuses folders that are no whole checkpoint; what passes is read elsewhere",
     "moe_core/flux_shapes.py": "what such a check compares with",
     "moe_core/lora_shapes.py": "the same for a LoRA",
+    "moe_core/folders.py": "moves finished folders into place",
     "moe_core/training.py": "a protocol: types alone",
     "moe_core/dtensors.py": "where weights lie (tested: equal to one worker's)",
     "moe_core/sharding.py": "the same",
