@@ -70,7 +70,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def stored(value: Tensor) -> Tensor:
     """A tensor of an optimizer's state as a checkpoint holds it: eight-bit moments as the fp32 numbers that they stand for.
 
-    So they can be cut anew for another number of workers; for the same number `restored` finds the same codes again.
+    So they can be cut anew for another number of workers. `restored` rounds them once more: with adamw8bit alone, a resumed run
+    is not the same to the bit.
     """
     if not is_traceable_wrapper_subclass(local := _local(value)):
         return value

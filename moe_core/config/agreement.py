@@ -133,7 +133,7 @@ def check_samples(params: Params) -> None:
 
 
 def check_workers(params: Params) -> None:
-    """Every worker must get an equal part of a batch."""
+    """Every worker must get an equal part of what goes through the model at once; models are sharded over worker processes."""
     batches = [
         ("shared_expert_kd", "kd.shared_expert.optimizer", params.kd.shared_expert.optimizer),
         ("moe_kd", "kd.moe.optimizer", params.kd.moe.optimizer),
@@ -145,6 +145,10 @@ def check_workers(params: Params) -> None:
         ]
     for stage, where, optimizer in batches:
         workers = params.compute.of(stage).num_workers
+        if not workers and params.compute.sharding == "full" and stage != "teacher":
+            raise ValueError(
+                f"compute.sharding is full, but {stage} has num_workers 0, which trains in the calling process; it must be at least 1"
+            )
         if workers and optimizer.at_once % workers:
             key = "batch_size" if optimizer.micro_batch is None else "micro_batch"
             raise ValueError(

@@ -45,11 +45,7 @@ class ComputeConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _sharding_fits(self) -> ComputeConfig:
-        if self.sharding == "full" and self.num_workers == 0:
-            raise ValueError(
-                "sharding is full, but num_workers is 0, which trains in the calling process; it must be at least 1"
-            )
+    def _text_encoders_fit(self) -> ComputeConfig:
         if self.text_encoders == "sharded" and self.sharding == "none":
             raise ValueError("text_encoders is sharded, but sharding is none; it must be full")
         return self

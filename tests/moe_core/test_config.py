@@ -129,6 +129,20 @@ def doubles(**groups: int) -> dict[str, Any]:
         ),
         ({"eval.prompts": 1}, "eval.prompts = 1"),
         ({"model.resolution": 18}, "resolution is 18; it must be a multiple of 4"),
+        (
+            {"kd.moe.optimizer.micro_batch": 7},
+            "kd.moe.optimizer: micro_batch is 7; it must divide batch_size, which is 64",
+        ),
+        (
+            {"kd.moe.optimizer.micro_batch": 8, "compute.num_workers": 16},
+            "kd.moe.optimizer.micro_batch is 8; it must be a multiple of the 16 workers of moe_kd",
+        ),
+        ({"compute.text_encoders": "sharded"}, "text_encoders is sharded, but sharding is none; it must be full"),
+        (
+            {"compute.sharding": "full", "compute.num_workers": 0},
+            "compute.sharding is full, but shared_expert_kd has num_workers 0",
+        ),
+        ({"kd.moe.optimizer.ema_decay": 1.0}, "kd.moe.optimizer.ema_decay = 1.0"),
         ({"eval.latency_batch_sizes": [0]}, "eval.latency_batch_sizes.0 = 0"),
         ({"compute.stages": {"techer": {}}}, r"compute.stages.techer.\[key\] = 'techer': Input should be 'teacher'"),
         ({"seed": "seven"}, "seed = 'seven'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from moe_core.config import OptimizerConfig
-from moe_core.errors import CheckpointError
+from moe_core.errors import CheckpointError, ConfigError
 from tasks import checkpoints, optimizer
 from tests.tasks.trivial import Linear
 
@@ -79,3 +80,48 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match=r"does not fit the model: missing \['0.bias', '0.weight'\]"):
         checkpoints.load(checkpoint, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    checkpoint = checkpoints.save(tmp_path, 5, Linear(), torch.optim.AdamW(Linear().parameters()))
+    (checkpoint / "more.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has more\.safetensors, which its manifest does not list"):
+        checkpoints.check(checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_eight_bit_moments_go_on_nearly_as_they_were(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    config = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.01, optimizer="adamw8bit")
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(64, 64)
+
+    def train(module: nn.Module, optim: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+            optim.zero_grad()
+            (module(x) - x).square().mean().backward()
+            optimizer.set_rate(optim, 0.01)
+            optim.step()
+
+    whole, again = made(), made()
+    optim = optimizer.build(config, whole)
+    train(whole, optim, 0, 3)
+    checkpoint = checkpoints.save(tmp_path, 3, whole, optim)
+    train(whole, optim, 3, 6)
+    start = made().weight
+    optim = optimizer.build(config, again)
+    checkpoints.load(checkpoint, again, optim)
+    assert type(next(iter(optim.state.values()))["exp_avg"]).__name__ == "OptimState8bit"
+    train(again, optim, 3, 6)
+    assert (again.weight - whole.weight).norm() < 0.02 * (whole.weight - start).norm()
+
+
+def test_without_torchao_eight_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    config = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.01, optimizer="adamw8bit")
+    with pytest.raises(ConfigError, match=r"optimizer is adamw8bit, but torchao cannot be imported .*'.\[lowbit\]'"):
+        optimizer.build(config, Linear())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from moe_core.errors import ConfigError, TrainingError
 from tasks import optimizer, run_training, training
 from tasks.curves import Curve, Point
 from tasks.phase import METRICS, NOTES, PRODUCT, MetricsTail, Phase
+from tests.tasks.trivial import Linear
 
 CPU = torch.device("cpu")
 Maker = Callable[..., Phase]
@@ -97,6 +99,50 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_used(tmp_path: Path, pha
     assert "train goes on from" in notes
     assert "step-00000015" in notes
     assert torch.equal(product(tmp_path / "whole")["layer.weight"], product(tmp_path / "cut")["layer.weight"])
+
+
+def test_gradients_of_micro_batches_add_up_to_the_batch(tmp_path: Path, phase: Maker) -> None:
+    whole = phase()
+    cut = Phase(**{**whole.__dict__, "optimizer": whole.optimizer.model_copy(update={"micro_batch": 2})})
+    run([whole], tmp_path / "whole")
+    run([cut], tmp_path / "cut")
+    for one, two in zip(records(tmp_path / "whole"), records(tmp_path / "cut"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for name, weight in product(tmp_path / "whole").items():
+        torch.testing.assert_close(product(tmp_path / "cut")[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_average_is_validated_saved_and_resumed(
+    tmp_path: Path, phase: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = phase()
+    job = Phase(**{**plain.__dict__, "optimizer": plain.optimizer.model_copy(update={"ema_decay": 0.6})})
+    weights, update = [], optimizer.Average.update
+
+    def seen(self: optimizer.Average, step: int) -> None:
+        weights.append(self._parameters["layer.weight"].detach().clone())
+        update(self, step)
+
+    monkeypatch.setattr(optimizer.Average, "update", seen)
+    run([plain], tmp_path / "plain")
+    run([job], tmp_path / "whole")
+    torch.manual_seed(0)
+    expected = Linear().layer.weight.detach()
+    for step, weight in enumerate(weights):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(product(tmp_path / "whole")["layer.weight"], expected)
+    # What trains is not touched by it.
+    assert torch.equal(product(tmp_path / "plain")["layer.weight"], weights[-1])
+    last = records(tmp_path / "whole")[-1]
+    assert last["split"] == "validation"
+    assert last["loss"] != records(tmp_path / "plain")[-1]["loss"]
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "train" / PRODUCT)
+    shutil.rmtree(tmp_path / "cut" / "train" / "step-00000020")
+    run([job], tmp_path / "cut")
+    assert torch.equal(product(tmp_path / "cut")["layer.weight"], product(tmp_path / "whole")["layer.weight"])
 
 
 def test_a_finished_phase_is_passed_over(tmp_path: Path, phase: Maker) -> None:
