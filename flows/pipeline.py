@@ -30,7 +30,7 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import artifacts, dag, processes, tracking
+from flows import artifacts, dag, planning, processes, tracking
 from flows.parameters import Commit, Experiment, Override, RunName, StageName, compose
 from flows.ray_head import RayHead, tail
 from flows.workspace import RunFailed, Workspace, checkout_root, python_environment, uncommitted, workspaces
@@ -193,7 +193,7 @@ def _opened(workspace: Workspace, parent: str) -> Iterator[Run]:
 @flow(
     name="dense2moe",
     flow_run_name=_flow_run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=PARALLEL_STAGES),
+    task_runner=ThreadPoolTaskRunner(max_workers=PARALLEL_STAGES + 1),  # and the plan
     on_cancellation=[end_processes],
     on_crashed=[end_processes],
     persist_result=False,
@@ -266,6 +266,7 @@ def walk(run: Run, again: Collection[str] = ()) -> list[str]:
         raise ConfigError(f"again has {unknown[0]}; the stages are {', '.join(names)}")
     force = {*again, *({SOURCE_STAGE} if _own_data(run.workspace.path) else ())}
     standing = dag.standing(stages, force)
+    plan = _plan(run) if len(standing) < len(stages) else None
     waiting = {stage.name: stage for stage in stages}
     running: dict[PrefectConcurrentFuture[Any], dag.Stage] = {}
     done: dict[str, State] = {}
@@ -284,11 +285,23 @@ def walk(run: Run, again: Collection[str] = ()) -> list[str]:
         for future in [future for future in running if future.wrapped_future in finished]:
             future.wait()
             done[running.pop(future).name] = future.state
+    if plan is not None:
+        plan.wait()
     broken = {stage: state for stage, state in done.items() if not state.is_completed()}
     if broken:
         told = "\n".join(f"{state.message}" for state in broken.values())
         raise RunFailed(f"{told}\nThe worktree is kept: {run.workspace.path}. A run of the same name takes over.")
     return [stage.name for stage in stages if done[stage.name].name == "Cached"]
+
+
+def _plan(run: Run) -> PrefectConcurrentFuture[Any] | None:
+    """Begins to plan the run. Where GPUs of a stated size must hold it, ends that first, and raises RunFailed if they cannot."""
+    if not (run.workspace.path / planning.COMMAND).is_file():
+        return None  # a commit from before there were plans
+    plan = planning.show_plan.submit(run.workspace, run.environment)
+    if read_params(run.workspace.path).compute.gpu_memory_gb is not None:
+        plan.result()
+    return plan
 
 
 def end_orphans(checkout: Path) -> None:

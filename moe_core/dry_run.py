@@ -178,11 +178,13 @@ def _trained(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def call(build: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], kind: str) -> Cost:
-    """A forward pass without gradients of any module, as a VAE or a text encoder: `inputs(module)` makes and runs it."""
-    with _fake(), torch.no_grad():
+def call(
+    build: Callable[[], nn.Module], run: Callable[[nn.Module], Any], kind: str, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """A forward pass without gradients of any module, as a VAE or a text encoder: `run(module)` makes inputs and calls it."""
+    with _fake(), torch.no_grad(), _made_as(dtype):
         module = build().eval()
-        return _pass(module, kind, lambda: inputs(module))
+        return _pass(module, kind, lambda: run(module))
 
 
 def _pass(module: nn.Module, kind: str, run: Callable[[], Any]) -> Cost:

@@ -37,6 +37,11 @@ if ! .venv/bin/python -m pip install --disable-pip-version-check -q -c requireme
     grep -i error "$log" | head -n 3 >&2
     fail "pip could not install what this build of torch needs; the whole output is in $log"
 fi
+# The command `dense2moe`; modules are taken from the folder one stands in, as ever, and otherwise from here.
+if ! .venv/bin/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e . >"$log" 2>&1; then
+    grep -i error "$log" | head -n 3 >&2
+    fail "pip could not install this project; the whole output is in $log"
+fi
 .venv/bin/python -m pip check >"$log" 2>&1 || fail "installed versions do not fit together: $(head -n 1 "$log")"
 touch .venv/.locked
 say "setup: done"

@@ -6,6 +6,7 @@ stage does not fit the GPUs of `compute.gpu_memory_gb`.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from moe_core.config import Params
 from moe_core.errors import Dense2MoEError
+from tasks import outs
 from tasks.params import compose
 from tasks.plan_costs import Costs, StageCost
 from tasks.plan_teacher import describe
@@ -158,14 +160,25 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
 
 
-def main(overrides: Sequence[str]) -> int:
-    """Prints the plan."""
+def main(arguments: Sequence[str]) -> int:
+    """Prints the plan, or writes it `--to` a file."""
+    parser = argparse.ArgumentParser(
+        prog="dense2moe plan", description="What a run will build and take, before it starts."
+    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write the plan there instead of printing it")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as of `dvc exp run -S`; without any: ./params.yaml"
+    )
+    given = parser.parse_args(arguments)
     try:
-        text, fits = plan(Path.cwd(), overrides)
+        text, fits = plan(Path.cwd(), given.overrides)
     except Dense2MoEError as error:
         print(error, file=sys.stderr)
         return 2
-    print(text)
+    if given.to is None:
+        print(text)
+    else:
+        outs.write_text(given.to, text)
     return 0 if fits else DOES_NOT_FIT
 
 

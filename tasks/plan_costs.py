@@ -175,7 +175,7 @@ class Costs:
         text_flops, text_memory = self._text(self.given)
         side = self.image_tokens**0.5 * 2
         shape = (min(size, prompts), int(self.teacher.vae["latent_channels"]), int(side), int(side))
-        decode = dry_run.call(self.teacher.build_vae, partial(_decode, shape), "vae")
+        decode = dry_run.call(self.teacher.build_vae, partial(_decode, shape), "vae", self.given)
         picture = params.model.num_inference_steps * step.flops / min(size, prompts) + text_flops
         flops = prompts * (picture + decode.flops / shape[0])
         weights = sum(bytes_ for kind, bytes_ in step.most.by_kind.items() if kind != ACTIVATIONS)

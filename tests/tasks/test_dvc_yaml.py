@@ -33,7 +33,6 @@ PLUMBING = {
     "moe_core/dtensors.py": "where weights lie (tested: equal to one worker's)",
     "moe_core/sharding.py": "the same",
     "moe_core/shards.py": "reads and writes tensors as they are (tested)",
-    "moe_core/folders.py": "moves finished folders into place",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",
     "tasks/progress.py": "how far a stage is; writes no out",
@@ -48,7 +47,6 @@ PLUMBING = {
     "tasks/run_training.py": "starts the loop, which is listed: tasks/training.py",
     "tasks/cluster.py": "starts or joins Ray",
     "tasks/outs.py": "moves finished files into place",
-    "moe_core/folders.py": "moves finished folders into place",
 }
 """Modules that run a stage without deciding its result, and why: a change to them must not train a teacher anew."""
 DVC = [sys.executable, "-m", "dvc"]
