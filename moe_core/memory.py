@@ -72,6 +72,8 @@ class LiveMemory(TorchDispatchMode):
         return output
 
     def _count(self, tensor: Tensor, kind: str | None = None) -> None:
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._kinds.get(key)

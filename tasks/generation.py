@@ -52,7 +52,7 @@ class Generator:
         from tasks.places import TEACHER
 
         torch.set_num_threads(params.compute.cpus_per_worker)
-        self.root, self.params = root, params
+        self.root, self.params, self.dense = root, params, dense
         device = "cuda" if params.compute.use_gpu else "cpu"
         dtype = sampling.DTYPES[params.model.precision]
         self.pipeline = sampling.load_pipeline(root / TEACHER, None if dense else root / transformer, device, dtype)
@@ -88,7 +88,11 @@ class Generator:
         from tasks.validation import validation_loss
 
         device, precision = self.pipeline.device, self.params.model.precision
-        teacher = sampling.load_transformer(self.root / TEACHER / "transformer", sampling.DTYPES[precision]).to(device)
+        teacher = self.pipeline.transformer
+        if not self.dense:
+            teacher = sampling.load_transformer(self.root / TEACHER / "transformer", sampling.DTYPES[precision]).to(
+                device
+            )
         data = LatentDataset(self.root / SHARDS, "val")
         with sampling.autocast(device, precision):
             pipeline = sampling.with_transformer(self.pipeline, teacher)

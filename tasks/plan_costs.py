@@ -178,17 +178,22 @@ class Costs:
         decode = dry_run.call(self.teacher.build_vae, partial(_decode, shape), "vae", self.given)
         picture = params.model.num_inference_steps * step.flops / min(size, prompts) + text_flops
         flops = prompts * (picture + decode.flops / shape[0])
-        weights = sum(bytes_ for kind, bytes_ in step.most.by_kind.items() if kind != ACTIVATIONS)
-        passing = max(step.most.by_kind.get(ACTIVATIONS, 0), decode.most.by_kind.get(ACTIVATIONS, 0))
+        weights, passing = step.most.by_kind[STUDENT], step.most.by_kind.get(ACTIVATIONS, 0)
         memory = {
-            "transformer": weights, ACTIVATIONS: passing, "text encoders": text_memory,
+            "text encoders": text_memory,
             "vae": decode.most.by_kind["vae"],
-        }  # fmt: skip
+            STUDENT: weights,
+            ACTIVATIONS: passing,
+        }
+        beside = 0 if name == "teacher" else self._sizes["transformer"] * self.given.itemsize
+        # Either the teacher is there for the validation loss, or the VAE decodes.
+        if (decoding := decode.most.by_kind[ACTIVATIONS]) > passing + beside:
+            memory[ACTIVATIONS] = decoding
+        else:
+            memory[TEACHER] = beside
         validation = params.kd.validation_samples * (
             self._flops(self.configs["teacher"]) + self._flops(self.configs[name])
         )
-        if name != "teacher":
-            memory[TEACHER] = accounting.count(self.configs["teacher"]).total * self.given.itemsize
         counts = accounting.count(self.configs[name])
         work = f"{prompts} pictures of {params.model.num_inference_steps} steps, {size} at once"
         return StageCost(
