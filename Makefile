@@ -3,7 +3,7 @@
 PY := .venv/bin/python
 SHELL := /bin/sh
 
-.PHONY: help setup demo test slow lint format typecheck up down params lock gpu bench clean
+.PHONY: help setup demo test slow peft lint format typecheck up down params lock gpu bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: setup ## every test that is neither slow nor needs a GPU
 
 slow: setup ## the slow tests: the flow and its page, kill -9 of every training stage, the whole pipeline in a clone
 	@$(PY) -m pytest -m "slow and not gpu" -p no:cacheprovider
+
+peft: setup ## LoRAs made with PEFT, in an environment of their own
+	@sh scripts/peft.sh
 
 lint: setup ## ruff, mypy, import-linter
 	@.venv/bin/ruff check .

@@ -54,6 +54,10 @@ def write(params: Params, folder: Path, done: Callable[[int, int], None]) -> dic
         changes = _changes(lora, source)
     check_teacher(source, params)
     files = pipeline_files(source)
+    size = sum(path.stat().st_size for path in files)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder.parent).free) < size:
+        raise ConfigError(f"{folder} needs {size / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB left")
     transformer = set(checkpoint.weight_files(source / "transformer"))
     with outs.folder(folder) as partial:
         for number, path in enumerate(files, 1):
