@@ -35,6 +35,7 @@ from flows.parameters import Commit, Experiment, Override, RunName, StageName, c
 from flows.ray_head import RayHead, tail
 from flows.workspace import RunFailed, Workspace, checkout_root, python_environment, uncommitted, workspaces
 from moe_core.errors import ConfigError, Dense2MoEError
+from tasks import leftovers
 from tasks.project import read_params
 
 PARALLEL_STAGES = 2
@@ -222,6 +223,7 @@ def pipeline(
     with workspace.claimed(identifier):
         revision = workspace.create(commit)
         compose(workspace.path, experiment, overrides)
+        leftovers.remove(workspace.path, read_params(workspace.path).models)
         log.info("run %s of commit %s in %s", workspace.name, revision[:12], workspace.path)
         if changes := uncommitted(workspace.checkout):
             log.warning("%d uncommitted files are not part of this run", len(changes))

@@ -5,7 +5,7 @@ memory.
 - Activated by the paper's convention: the same without the text branch's FFN (`ff_context`) of converted double blocks.
   So counted, its Table 1 comes out (5.15, 4.01, 3.19, 2.64 B).
 - FLOPs: two a multiply-add, matrix products and attention only, as `torch.utils.flop_counter` counts; that one sees no
-  grouped products.
+  grouped products. The paper's figures come nearest if attention's products count once a multiply-add.
 """
 
 from __future__ import annotations
@@ -47,6 +47,34 @@ class Counts:
     """`double.attention`, `double.adaln`, `double.ffn`, `double.ffn_context`, `single.attention`, `single.adaln`,
     `single.ffn`, `block_routers`, `embedders`, `output`; the sums over them are total and activated."""
 
+    def by_kind(self) -> dict[str, ModuleCount]:
+        """The split of the paper's Fig. 2: `ffn`, `attention`, `adaln`, and `other` (embedders, output, block routers)."""
+        kinds = {kind: ModuleCount() for kind in ("ffn", "attention", "adaln", "other")}
+        for name, module in self.by_module.items():
+            kind = name.partition(".")[2].removesuffix("_context") or "other"
+            kinds[kind] = ModuleCount(kinds[kind].total + module.total, kinds[kind].activated + module.activated)
+        return kinds
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass on one sample (one denoising step), of the activated experts and blocks."""
+
+    linear: float
+    """of the products with weights"""
+    attention: float
+    """of Q K^T and its product with V"""
+
+    @property
+    def total(self) -> int:
+        """Two a multiply-add."""
+        return round(self.linear + self.attention)
+
+    @property
+    def paper(self) -> int:
+        """Two a multiply-add with weights, one within attention."""
+        return round(self.linear + self.attention / 2)
+
 
 def count(model: FluxTransformer2DModel | Mapping[str, Any]) -> Counts:
     """Counts a model's parameters, or those of a configuration (of `FluxMoETransformer2DModel`).
@@ -85,14 +113,14 @@ def count(model: FluxTransformer2DModel | Mapping[str, Any]) -> Counts:
     return Counts(sum(m.total for m in modules.values()), round(activated), round(activated - text_branch), modules)
 
 
-def flops(model: FluxTransformer2DModel | Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
-    """FLOPs of one forward pass on one sample (one denoising step), with the activated experts and blocks only."""
+def flops(model: FluxTransformer2DModel | Mapping[str, Any], image_tokens: int, text_tokens: int) -> Flops:
+    """FLOPs of a model, or of a configuration, at so many tokens: 4096 and 512 for FLUX.1 at 1024 x 1024 pixels."""
     model = _model(model)
     tokens, width = image_tokens + text_tokens, model.inner_dim
-    attention = 4 * tokens**2 * width  # Q K^T and its product with V
-    total = 0.0
+    total = attention = 0.0
     for kind, block, share in _blocks(model):
-        cost = attention
+        attention += share * 4 * tokens**2 * width
+        cost = 0
         for name, module in block.named_modules():
             if name.split(".")[0] not in FFNS and isinstance(module, nn.Linear):
                 cost += 2 * _matrices(module) * _rows(kind, name, image_tokens, text_tokens)
@@ -110,7 +138,7 @@ def flops(model: FluxTransformer2DModel | Mapping[str, Any], image_tokens: int, 
     total += 2 * (_matrices(model.time_text_embed) + _matrices(model.norm_out))
     total += 2 * (_matrices(model.context_embedder) * text_tokens + _matrices(model.x_embedder) * image_tokens)
     total += 2 * _matrices(model.proj_out) * image_tokens
-    return round(total)
+    return Flops(total, attention)
 
 
 def _model(model: FluxTransformer2DModel | Mapping[str, Any]) -> FluxTransformer2DModel:

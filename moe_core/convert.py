@@ -13,23 +13,20 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from moe_core import adaln
-from moe_core.config import MoBConfig, MoBGroupsConfig, MoBLevelConfig, MoEConfig
+from moe_core import adaln, structure
+from moe_core.config import MoBConfig, MoBLevelConfig, MoEConfig
 from moe_core.errors import ConfigError
 from moe_core.mob import MoBGroup
 from moe_core.recipe import Recipe, Ref, fill, unchanged
-from moe_core.transformer import FluxMoETransformer2DModel, check_groups, on_meta
-
-KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 
 
 class DenseFFN(NamedTuple):
@@ -173,7 +170,7 @@ def shared_recipe(
     seed: int = 0,
 ) -> Recipe:
     """How `to_shared` makes its student of the source `teacher`, of which only the structure is used."""
-    student = on_meta(_config(teacher, moe=_moe_section(moe, num_experts=0), conditioning_dim=moe.conditioning_dim))
+    student = on_meta(structure.shared_config(teacher.config, moe))
     recipe, width = Recipe(student, {"teacher": teacher}), teacher.inner_dim
 
     def add(name: str, reads: Iterable[str], make: Callable[..., Tensor]) -> None:
@@ -214,20 +211,20 @@ def moe_recipe(
     config = shared_student.config
     if config.get("moe") is None or config.moe["num_experts"] or config.mob is not None:
         raise ConfigError("to_moe starts from a student of shared experts only, without MoB groups; this one is not")
-    wanted = _moe_section(moe)
+    wanted = structure.moe_section(moe)
     for key in ("shared_ratio", "dense_double_blocks"):
         if config.moe[key] != wanted[key]:
             raise ConfigError(
                 f"moe.{key} is {wanted[key]}, but the shared-expert student was made with"
                 f" {config.moe[key]}; they must agree"
             )
-    own = _config(shared_student)
-    for key, value in _config(teacher).items():
+    own = structure.dense_part(shared_student.config)
+    for key, value in structure.dense_part(teacher.config).items():
         if own[key] != value:
             raise ConfigError(
                 f"the teacher's {key} is {value}, but the shared-expert student's is {own[key]}; they must agree"
             )
-    student = on_meta(_config(shared_student, moe=wanted, conditioning_dim=config.conditioning_dim))
+    student = on_meta({**own, "moe": wanted, "conditioning_dim": config.conditioning_dim})
     recipe = Recipe(student, {"student": shared_student, "teacher": teacher})
     for name, split in _splits(teacher, scores, moe, seed):
         ffn = dense_ffn(name, teacher.inner_dim)
@@ -267,14 +264,7 @@ def mob_recipe(
     seed: int = 0,
 ) -> Recipe:
     """How `to_mob` makes its model of the source `student`, of which only the structure is used."""
-    old = student.config.get("mob") or {"double_groups": [], "single_groups": []}
-    section: dict[str, Any] = mob.model_dump(
-        include={"active", "contiguous", "alpha", "balance_probs", "router_init_std"}
-    )
-    for kind, wanted in (("double", level.double), ("single", level.single)):
-        section[f"{kind}_groups"] = _groups(student, kind, wanted, old[f"{kind}_groups"], block_change)
-    moe, conditioning_dim = student.config.get("moe"), student.config.get("conditioning_dim")
-    grouped = on_meta(_config(student, moe=moe, conditioning_dim=conditioning_dim, mob=section))
+    grouped = on_meta(structure.mob_config(student.config, level, mob, block_change))
     recipe = Recipe(grouped, {"student": student})
     stored = {original: name for name, original in _original_names(student).items()}
     for name, original in _original_names(grouped).items():
@@ -286,76 +276,10 @@ def mob_recipe(
     return recipe.finished()
 
 
-def choose_groups(change: Sequence[float], groups: int, size: int, taken: Collection[int] = ()) -> list[list[int]]:
-    """Chooses `groups` disjoint windows of `size` consecutive blocks, none of them `taken`, with the least summed
-    change.
-
-    By dynamic programming over the blocks; among equals, the earliest windows. Raises ConfigError if so many do not
-    fit.
-    """
-    count = len(change)
-    # best[g][i]: (least change of g windows within the first i blocks, the windows' starts), or None if they do not
-    # fit.
-    best: list[list[tuple[float, tuple[int, ...]] | None]] = [[(0.0, ())] * (count + 1)]
-    for _ in range(groups):
-        row: list[tuple[float, tuple[int, ...]] | None] = [None] * (count + 1)
-        for end in range(1, count + 1):
-            row[end] = row[end - 1]
-            start = end - size
-            before = best[-1][start] if start >= 0 else None
-            if before is None or any(start <= index < end for index in taken):
-                continue
-            total = before[0] + sum(change[start:end])
-            kept = row[end]
-            if kept is None or total < kept[0]:
-                row[end] = (total, (*before[1], start))
-        best.append(row)
-    found = best[-1][count]
-    if found is None:
-        raise ConfigError(
-            f"{groups} groups of {size} consecutive blocks do not fit: of {count} blocks, {sorted(taken)} are not free"
-        )
-    return [list(range(start, start + size)) for start in found[1]]
-
-
-def _groups(
-    student: FluxTransformer2DModel,
-    kind: str,
-    wanted: MoBGroupsConfig,
-    existing: list[list[int]],
-    block_change: Mapping[str, float] | None,
-) -> list[list[int]]:
-    count = student.config.num_layers if kind == "double" else student.config.num_single_layers
-    if wanted.blocks is not None:
-        groups = check_groups(wanted.blocks, count, f"mob level, {kind}.blocks")
-        lost = [group for group in existing if group not in groups]
-        if lost:
-            raise ConfigError(
-                f"mob level, {kind}.blocks is {groups}, but lacks the group {lost[0]} of the checkpoint it starts from"
-            )
-        return groups
-    if wanted.groups < len(existing):
-        raise ConfigError(
-            f"mob level, {kind}.groups is {wanted.groups}, but the checkpoint it starts from has"
-            f" {len(existing)}: {existing}; they stay"
-        )
-    if wanted.groups == len(existing):
-        return existing
-    names = [f"{KINDS[kind]}.{index}" for index in range(count)]
-    missing = [name for name in names if name not in (block_change or {})]
-    if missing or block_change is None:
-        raise ConfigError(f"block_change lacks {missing[0]}; it is needed to choose {wanted.groups} {kind} groups")
-    taken = {index for group in existing for index in group}
-    if kind == "double" and student.config.get("moe") is not None:
-        taken |= set(student.config["moe"]["dense_double_blocks"])
-    change = [float(block_change[name]) for name in names]
-    return sorted(existing + choose_groups(change, wanted.groups - len(existing), wanted.size, taken))
-
-
 def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:
     """Parameter name -> that with blocks under original numbers, routers under their group's: `[1, 2].router`."""
     renamed: dict[str, str] = {}
-    for kind in KINDS.values():
+    for kind in structure.KINDS.values():
         number = 0
         for position, block in enumerate(getattr(model, kind)):
             members: list[tuple[str, str, nn.Module]] = [(f"{kind}.{position}", f"{kind}.{number}", block)]
@@ -369,26 +293,6 @@ def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:
                 renamed.update({f"{own}.{rest}": f"{original}.{rest}" for rest in module.state_dict()})
             number += len(block.blocks) if isinstance(block, MoBGroup) else 1
     return {name: renamed.get(name, name) for name in model.state_dict()}
-
-
-def _config(model: FluxTransformer2DModel, **sparse: Any) -> dict[str, Any]:
-    # Only the dense transformer's own arguments: a config also holds where it was loaded from.
-    names = list(inspect.signature(FluxTransformer2DModel.__init__).parameters)[1:]
-    values = {name: model.config[name] for name in names}
-    values["axes_dims_rope"] = tuple(values["axes_dims_rope"])  # a list once it was stored
-    return {**values, **sparse}
-
-
-def _moe_section(moe: MoEConfig, **changes: Any) -> dict[str, Any]:
-    keys = {"num_experts", "top_k", "shared_ratio", "normal_ratio", "gate_norm", "balance_probs", "router_init_std"}
-    section = {
-        **moe.model_dump(include=keys),
-        "mlp_ratio": moe.expansion_ratio,
-        "dense_double_blocks": list(moe.dense_double_blocks),
-    }
-    section.update(changes)
-    section["top_k"] = min(section["top_k"], section["num_experts"])
-    return section
 
 
 def _splits(

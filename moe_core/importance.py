@@ -61,16 +61,8 @@ class ImportanceAccumulator:
 
     def update(self, batch: KDBatch, keys: Sequence[str] | None = None) -> None:
         """Adds a batch. `keys` name its samples in `rows`; by default they are numbered."""
-        changes: dict[str, tuple[Tensor, Tensor]] = {}
-        noisy = batch.noisy.requires_grad_()  # the one leaf: it carries the gradient through every layer
-        with torch.enable_grad(), _frozen(self.teacher), self._hooks(changes):
-            answer = predict(self.teacher, batch, noisy)
-            loss_B = losses.distill_loss(answer, batch.target)
-            # Summed, not averaged: samples do not meet in the model, so this one pass has every sample's own gradient.
-            torch.autograd.grad(loss_B.sum(), noisy)
-        self.state["loss"] += loss_B.detach().double().sum().cpu()
+        relative_LB, mse_LB = self.add_sums(batch)
         first = len(self.rows)
-        relative_LB, mse_LB = (torch.stack([changes[name][i] for name in self.blocks]).double().cpu() for i in (0, 1))
         for sample in range(len(batch)):
             self.rows.append(
                 {
@@ -80,7 +72,23 @@ class ImportanceAccumulator:
                     "mse": mse_LB[:, sample].tolist(),
                 }
             )
+
+    def add_sums(self, batch: KDBatch) -> tuple[Tensor, Tensor]:
+        """Adds a batch to the sums; returns its samples' block changes, relative and mean squared: [L, B] each.
+
+        This is all the arithmetic, and nothing in it waits for a value: it can be run on fake tensors.
+        """
+        changes: dict[str, tuple[Tensor, Tensor]] = {}
+        noisy = batch.noisy.requires_grad_()  # the one leaf: it carries the gradient through every layer
+        with torch.enable_grad(), _frozen(self.teacher), self._hooks(changes):
+            answer = predict(self.teacher, batch, noisy)
+            loss_B = losses.distill_loss(answer, batch.target)
+            # Summed, not averaged: samples do not meet in the model, so this one pass has every sample's own gradient.
+            torch.autograd.grad(loss_B.sum(), noisy)
+        self.state["loss"] += loss_B.detach().double().sum().cpu()
         self.state["samples"] += len(batch)
+        relative_LB, mse_LB = (torch.stack([changes[name][i] for name in self.blocks]).double().cpu() for i in (0, 1))
+        return relative_LB, mse_LB
 
     def scores(self) -> dict[str, Tensor]:
         """FFN name -> score of each segment, float64 [F]. Names: `transformer_blocks.3.ff`,

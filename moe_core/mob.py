@@ -106,6 +106,10 @@ class MoBGroup(nn.Module):
         self.router = router
         self.every_block = False
 
+    def choices(self, routing: BlockRouting) -> list[list[int]]:
+        """The chosen blocks of each sample, on the host."""
+        return routing.indices_Bk.tolist()
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -121,7 +125,7 @@ class MoBGroup(nn.Module):
             )
         routing = self.router(hidden_states, encoder_hidden_states, temb)
         batch = hidden_states.shape[0]
-        choices = routing.indices_Bk.tolist()
+        choices = self.choices(routing)
         for position, block in enumerate(self.blocks):
             rows = [(sample, chosen.index(position)) for sample, chosen in enumerate(choices) if position in chosen]
             if not rows and not self.every_block:

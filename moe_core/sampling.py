@@ -88,7 +88,7 @@ def generate(
     *,
     resolution: int,
     num_inference_steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     max_sequence_length: int,
 ) -> NDArray[np.uint8]:
     """Pictures uint8 [B, resolution, resolution, 3] of prompts, from the noise of their numbers, in one call."""
@@ -114,16 +114,14 @@ def prepare_batch(
     captions: Sequence[str],
     drawn: Tensor,
     sigma: Tensor,
-    guidance_scale: float,
+    guidance_scale: float | None,
     max_sequence_length: int,
 ) -> KDBatch:
     """Inputs of a distillation step, on the pipeline's device; latents and noise [B, C, h, w], sigma [B]."""
     count, channels, height, width = latents.shape
     device = pipeline.device
     text, pooled, text_ids = encode_prompts(pipeline, captions, max_sequence_length)
-    guidance = (
-        torch.full((count,), guidance_scale, device=device) if pipeline.transformer.config.guidance_embeds else None
-    )
+    guidance = None if guidance_scale is None else torch.full((count,), guidance_scale, device=device)
     return KDBatch(
         latents=FluxPipeline._pack_latents(latents, count, channels, height, width).to(device),
         noise=FluxPipeline._pack_latents(drawn, count, channels, height, width).to(device),

@@ -20,7 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from moe_core import convert, folders
+from moe_core import adaln, convert, folders
 from moe_core.config import MoBConfig, MoBLevelConfig, MoEConfig
 from moe_core.errors import ConfigError
 from moe_core.recipe import Recipe, Ref
@@ -96,6 +96,14 @@ def to_mob(
     with ModelFolder(student, FluxTransformer2DModel, FluxMoETransformer2DModel) as start:
         recipe = convert.mob_recipe(start.model, level, mob, block_change, seed)
         _follow(recipe, {"student": start}, out, max_shard_bytes)
+
+
+def start_errors(teacher: Path, conditioning_bank: Tensor, moe: MoEConfig, seed: int = 0) -> adaln.Start:
+    """`adaln.start_errors` of the compression that `to_shared` makes, for the dense transformer in folder `teacher`."""
+    if moe.conditioning_dim is None:
+        raise ConfigError("moe.conditioning_dim is null; there is no compression whose error could be measured")
+    with ModelFolder(teacher, FluxTransformer2DModel) as dense:
+        return adaln.start_errors(dense.model, dense.read, conditioning_bank, moe.conditioning_dim, moe.ridge, seed)
 
 
 @torch.no_grad()

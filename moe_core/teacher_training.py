@@ -48,12 +48,12 @@ class VAEStep(nn.Module):
 class FlowStep(nn.Module):
     """Loss of the transformer: mean squared error of the predicted velocity."""
 
-    def __init__(self, pipeline: FluxPipeline, guidance_scale: float) -> None:
+    def __init__(self, pipeline: FluxPipeline, guidance_scale: float | None) -> None:
         super().__init__()
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
-        self.guidance_scale = guidance_scale if pipeline.transformer.config.guidance_embeds else None
+        self.guidance_scale = guidance_scale
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalar "loss".
@@ -135,7 +135,7 @@ class FlowTrainee:
     def __init__(
         self,
         pipeline: FluxPipeline,
-        guidance_scale: float,
+        guidance_scale: float | None,
         max_sequence_length: int,
         train: LatentCaptions,
         validation: LatentCaptions,

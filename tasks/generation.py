@@ -102,7 +102,7 @@ class Generator:
         params = asdict(counts) | {
             "by_module": {name: round(module.activated) for name, module in counts.by_module.items()}
         }
-        return {"params": params, "flops": accounting.flops(self.pipeline.transformer, side * side, text)}
+        return {"params": params, "flops": accounting.flops(self.pipeline.transformer, side * side, text).total}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from moe_core import sampling
 from moe_core.config import Params
 from tasks import outs
-from tasks.models import transformers
 from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
 from tasks.source_files import read_prompts
 from tasks.stage import Stage, execute
@@ -32,7 +31,8 @@ def latency(stage: Stage) -> None:
     device = torch.device("cuda" if params.compute.use_gpu else "cpu")
     stage.run.tag({"device": describe(device)})
     pipelines = {
-        name: _load(stage.root, folder, name == DENSE, device, params) for name, folder in transformers(params).items()
+        name: _load(stage.root, Path(model.checkpoint), name == DENSE, device, params)
+        for name, model in params.models.items()
     }
     prompts = [record["prompt"] for record in read_prompts(stage.root / PROMPTS)]
     models: dict[str, dict[str, Any]] = {name: {} for name in pipelines}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from moe_core.config import Params, parse
-from moe_core.config.agreement import check_teacher
+from moe_core.config.given_teacher import check_given
 from moe_core.errors import ConfigError
 
 
@@ -63,8 +63,7 @@ def read_params(root: Path) -> Params:
 
 
 def validated(values: Any, where: str) -> Params:
-    """The parameters in plain `values`, checked, also against a teacher that is given as a folder; `where` names their file in errors."""
+    """The parameters in plain `values`, checked, also against a teacher or LoRA that lies in a folder; `where` names their file in errors."""
     params = parse(Params, values, where=where)
-    if params.model.source == "folder":
-        check_teacher(Path(str(params.model.path)), params.moe, params.mob)
+    check_given(params)
     return params

@@ -110,9 +110,8 @@ def settings(params: Params) -> list[tuple[str, str]]:
         lines.append((name, _kd(stage)))
     if params.kd.joint:
         lines.append(("Joint", "MoE KD starts from the dense teacher, not from the trained shared experts"))
-    lines.append(
-        ("Sampling", f"{model.num_inference_steps} steps, guidance {model.guidance_scale:g}, seed {params.seed}")
-    )
+    guidance = "no guidance" if model.guidance_scale is None else f"guidance {model.guidance_scale:g}"
+    lines.append(("Sampling", f"{model.num_inference_steps} steps, {guidance}, seed {params.seed}"))
     lines.append(("Evaluation", f"{params.eval.prompts} prompts, the same initial noise for every model"))
     return lines
 

@@ -162,11 +162,6 @@ RecordT = TypeVar("RecordT", bound=Record)
 TEACHER_PARTS = ("teacher-vae", "teacher-text")
 
 
-def model_names(params: Params) -> tuple[str, ...]:
-    """The table's rows: the teacher, shared experts alone, level L, then the levels of `mob.levels`."""
-    return ("teacher", "shared", "L", *params.mob.levels)
-
-
 def trained_stages(params: Params) -> tuple[str, ...]:
     """The stages that have loss curves, in the DAG's order."""
     teacher = (*TEACHER_PARTS, "teacher") if params.model.source == "train" else ()
@@ -184,7 +179,7 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
     `frame` is `tasks.tracking.metrics_frame()`; it may be empty. Raises DataError where a file is missing, malformed or
     at odds with another.
     """
-    models = model_names(params)
+    models = tuple(params.models)
     reports, data = root / "reports", root / "data"
     pictures = {name: _pictures(data / "images" / name, name) for name in models}
     for name in models[1:]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_core import references
 from tasks.report_inputs import Evaluation, Inputs
 
 TITLES = {"teacher": "Teacher (dense)", "shared": "Shared experts only"}
@@ -30,12 +31,17 @@ class PaperRow:
     geneval: float
 
 
-PAPER = {
-    "L": PaperRow(5.15 / 11.90, 43.42 / 66.00, 17.80 / 21.20, 0.5702 / 0.6595),
-    "M": PaperRow(4.01 / 11.90, 35.70 / 66.00, 14.37 / 21.20, 0.4758 / 0.6595),
-    "S": PaperRow(3.19 / 11.90, 26.43 / 66.00, 9.57 / 21.20, 0.4441 / 0.6595),
-    "XS": PaperRow(2.64 / 11.90, 20.26 / 66.00, 8.74 / 21.20, 0.4036 / 0.6595),
-}
+def _over_flux1(row: references.PaperRow) -> PaperRow:
+    dense = references.TABLE_1["FLUX.1 [dev]"]
+    return PaperRow(
+        row.activated / dense.activated,
+        row.tflops / dense.tflops,
+        row.latency / dense.latency,
+        row.geneval / dense.geneval,
+    )
+
+
+PAPER = {level: _over_flux1(references.TABLE_1[f"FLUX.1-MoE-{level}"]) for level in ("L", "M", "S", "XS")}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +17,41 @@ if TYPE_CHECKING:
     from tasks.kd_trainee import KDTrainee
 
 
+START = "conditioning.json"
+"""In the resume folder: how near to the teacher's the modulations were before training (`adaln.Start`)."""
+
+
 def shared_expert_kd(stage: Stage) -> None:
     """Writes data/checkpoints/shared_expert/."""
-    distil(stage, "tasks.shared_expert_kd:build", stage.params.kd.shared_expert, SHARED_EXPERT, lambda folder: {})
+    distil(stage, "tasks.shared_expert_kd:build", stage.params.kd.shared_expert, SHARED_EXPERT, lambda _: _start(stage))
+
+
+def _start(stage: Stage) -> dict[str, Any]:
+    assert stage.resume is not None
+    file = stage.resume.path / START
+    # None where the conditioning is not compressed.
+    return {"modulation_error_before_training": json.loads(file.read_text())} if file.exists() else {}
 
 
 def build(device: torch.device, root: str, params: dict[str, Any], made: str) -> KDTrainee:
     """In a worker: the teacher, converted."""
     # Torch and diffusers load in the workers, not in the driver.
     from moe_core import noise, stream
-    from tasks import kd_trainee
+    from tasks import kd_trainee, outs
     from tasks.importance_files import load
 
     config, place = parse(Params, params), Path(root)
 
     def student(out: Path) -> None:
-        found = load(place / IMPORTANCE)
+        dense, found, moe = place / TEACHER / "transformer", load(place / IMPORTANCE), config.moe
         seed = noise.derive_seed(config.seed, "conversion")
-        stream.to_shared(place / TEACHER / "transformer", out, found.scores, config.moe, found.conditioning, seed)
+        if moe.conditioning_dim is not None:
+            errors = stream.start_errors(dense, found.conditioning, moe, seed)
+            # Six digits: the last ones depend on the number of threads.
+            outs.write_json(
+                out.with_name(START), {name: float(f"{value:.6g}") for name, value in errors._asdict().items()}
+            )
+        stream.to_shared(dense, out, found.scores, moe, found.conditioning, seed)
 
     return kd_trainee.build(device, place, config, config.kd.shared_expert, "shared_expert_kd", student, Path(made))
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from moe_core.config import Params
 from moe_core.errors import Dense2MoEError
-from tasks import outs
+from tasks import leftovers, outs
 from tasks.fingerprint import Identity, identify
 from tasks.places import STAGE_REPORTS
 from tasks.progress import Progress
@@ -100,6 +100,7 @@ def _ours(error: BaseException | None) -> Dense2MoEError | None:
 def _execute(name: str, body: Callable[[Stage], None], resumable: bool) -> None:
     root = Path.cwd()
     params = read_params(root)
+    leftovers.check(root, params.models)
     params = params.model_copy(update={"compute": params.compute.of(name)})
     [identity] = identify(root, name)
     with contextlib.ExitStack() as stack:

@@ -1,18 +1,18 @@
 """Stage `teacher`: the dense model as a complete diffusers `FluxPipeline` folder.
 
 - `model.source: train` trains a small one from nothing: the VAE, then the text encoders, then the transformer.
-- `folder` and `hub` copy a given one.
+- `folder` and `hub` take a given one: `tasks.given_teacher`.
 """
 
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_core.config import Params, parse
-from moe_core.config.agreement import check_teacher
-from tasks import curves, outs
+from tasks import curves, given_teacher, outs
 from tasks.places import CURVES, TEACHER
 from tasks.run_training import train_stage
 from tasks.stage import Stage, execute
@@ -29,11 +29,11 @@ def teacher(stage: Stage) -> None:
     """Writes data/teacher/."""
     model = stage.params.model
     if model.training is None or model.source != "train":
-        _given(stage.params, stage.root / TEACHER)
+        found = given_teacher.write(stage.params, stage.root / TEACHER, partial(stage.progress.update, "copy"))
         # Nothing was trained: dvc.yaml lists the curves all the same.
         for name in ("teacher-vae", "teacher-text", "teacher"):
             curves.write(stage.root / CURVES / f"{name}.csv", [])
-        stage.summary({})
+        stage.summary({}, **found)
         return
     assert stage.resume is not None
     shared = {"root": str(stage.root), "params": stage.params.model_dump(mode="json")}
@@ -63,20 +63,6 @@ def teacher(stage: Stage) -> None:
     steps = {f"{phase}_steps": getattr(config, phase).steps for phase in trained.points}
     stage.summary({**metrics, **steps})
     stage.run.model("teacher", TEACHER, metrics)
-
-
-def _given(params: Params, folder: Path) -> None:
-    """Copies a pipeline from a folder or the hub, if it is one that the other parameters fit."""
-    model = params.model
-    source = Path(str(model.path))
-    if model.source == "hub":
-        # Only here: a small preset needs no hub.
-        from huggingface_hub import snapshot_download
-
-        source = Path(snapshot_download(str(model.path), revision=model.revision))
-    check_teacher(source, params.moe, params.mob)
-    with outs.folder(folder) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
 def build_vae(device: torch.device, root: str, params: dict[str, Any]) -> Trainee:

@@ -7,10 +7,11 @@
 
 from moe_core.config.compute import ComputeConfig, ComputingStage, StageCompute
 from moe_core.config.data import KINDS, DataConfig, EmbeddedDataConfig, Kind, ShardConfig
-from moe_core.config.evaluation import ClassifierConfig, EvalConfig
+from moe_core.config.evaluation import ClassifierConfig, EvalConfig, EvaluatedModel
 from moe_core.config.kd import KDConfig, KDStageConfig, Part
 from moe_core.config.model import (
     LATENT_PATCH,
+    LoRAConfig,
     ModelConfig,
     TeacherTrainingConfig,
     TextConfig,
@@ -31,9 +32,11 @@ __all__ = [
     "DataConfig",
     "EmbeddedDataConfig",
     "EvalConfig",
+    "EvaluatedModel",
     "KDConfig",
     "KDStageConfig",
     "Kind",
+    "LoRAConfig",
     "MoBConfig",
     "MoBGroupsConfig",
     "MoBLevelConfig",

@@ -5,17 +5,11 @@ Each function raises ValueError that names the parameters, their values and the 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moe_core.errors import ConfigError
-
 if TYPE_CHECKING:
-    from moe_core.config import MoBConfig, MoEConfig, Params
-
-LEVELS = ("M", "S", "XS")
-"""The levels that dvc.yaml evaluates, times and reports."""
+    from moe_core.config import EvaluatedModel, MoBConfig, MoEConfig, Params
 
 FLUX_RATIO = 4.0
 """Hidden width of FLUX's FFNs over its width."""
@@ -40,17 +34,28 @@ def check_widths(moe: MoEConfig, width: int) -> None:
         )
 
 
-def check_levels(mob: MoBConfig) -> None:
-    """Levels must be those of dvc.yaml; one that starts from another keeps that one's groups."""
-    if sorted(mob.levels) != sorted(LEVELS):
+def check_levels(mob: MoBConfig, models: Mapping[str, EvaluatedModel]) -> None:
+    """What is evaluated must be what is made; a level that starts from another keeps that one's groups."""
+    made = {
+        "teacher": "data/teacher/transformer",
+        "shared": "data/checkpoints/shared_expert",
+        "L": "data/checkpoints/moe",
+        **{level: f"data/checkpoints/mob/{level}" for level in mob.levels},
+    }
+    if taken := {"teacher", "shared", "L"} & set(mob.levels):
+        raise ValueError(f"mob.levels has {min(taken)}; that is the name of another model")
+    if {name: model.checkpoint for name, model in models.items()} != made:
+        wrong = [name for name in {**made, **models} if name not in models or models[name].checkpoint != made.get(name)]
         raise ValueError(
-            f"mob.levels has {', '.join(mob.levels) or 'none'}; it must have {', '.join(LEVELS)}, as dvc.yaml evaluates them"
+            f"models.{wrong[0]} is {models[wrong[0]].checkpoint if wrong[0] in models else 'missing'}; with mob.levels"
+            f" {', '.join(mob.levels) or 'none'} models must be {', '.join(made)}, and {wrong[0]}'s checkpoint"
+            f" {made.get(wrong[0], 'none')}"
         )
-    models = {"teacher", "checkpoints/moe", *(f"checkpoints/mob/{level}" for level in mob.levels)}
+    starts = {"teacher", "checkpoints/moe", *(f"checkpoints/mob/{level}" for level in mob.levels)}
     for level, config in mob.levels.items():
-        if config.init not in models - {f"checkpoints/mob/{level}"}:
+        if config.init not in starts - {f"checkpoints/mob/{level}"}:
             raise ValueError(
-                f"mob.levels.{level}.init is '{config.init}'; it must be one of {', '.join(sorted(models))}, and not itself"
+                f"mob.levels.{level}.init is '{config.init}'; it must be one of {', '.join(sorted(starts))}, and not itself"
             )
         start = config.init.removeprefix("checkpoints/mob/")
         if start not in mob.levels:
@@ -150,21 +155,3 @@ def check_workers(params: Params) -> None:
                 f"{where}.{key} is {optimizer.at_once}; it must be a multiple of the {workers} workers of {stage}"
                 " (compute.num_workers)"
             )
-
-
-def check_teacher(folder: Path, moe: MoEConfig, mob: MoBConfig) -> None:
-    """A given teacher, a diffusers pipeline folder, must be a FLUX that these sections fit; raises ConfigError, with the file."""
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"model.path is {folder}, but {folder / 'model_index.json'} does not exist; it must be a diffusers pipeline folder"
-        )
-    file = folder / "transformer" / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        name = config.get("_class_name")
-        if name != "FluxTransformer2DModel":
-            raise ValueError(f"describes a {name}, not a FluxTransformer2DModel")
-        check_blocks(moe, mob, int(config["num_layers"]), int(config["num_single_layers"]))
-        check_widths(moe, int(config["num_attention_heads"]) * int(config["attention_head_dim"]))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{file}: {error}") from error

@@ -1,4 +1,4 @@
-"""Section `eval`: what is generated and measured."""
+"""Sections `models` and `eval`: which models are judged, and what is generated and measured."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ class ClassifierConfig(Section):
     learning_rate: float = Field(gt=0)
     width: int = Field(gt=0)
     test_share: float = Field(0.3, gt=0, lt=1)
+
+
+class EvaluatedModel(Section):
+    """A model that is evaluated, timed and reported."""
+
+    checkpoint: str = Field(description="its transformer's folder")
+    reference: str = Field(
+        description="what its evaluation reads besides: the teacher's pictures, or the teacher itself"
+    )
 
 
 class EvalConfig(Section):

@@ -87,6 +87,26 @@ class TeacherTrainingConfig(Section):
     validate_every: int = Field(gt=0)
 
 
+class LoRAConfig(Section):
+    """A low-rank change of a given teacher's transformer, fused into its weights before anything else is done with it."""
+
+    path: str = Field(description="a safetensors file, a folder with one, or a hub id")
+    weight_name: str | None = Field(
+        None, description="the file within the folder or hub repository; null: its only one"
+    )
+    revision: str | None = Field(None, description="of a hub repository: a branch, tag or commit")
+    scale: float = Field(allow_inf_nan=False, description="W + scale * alpha / rank * B A")
+
+    @model_validator(mode="after")
+    def _safetensors(self) -> LoRAConfig:
+        name = self.weight_name or ""
+        if name and (not name.endswith(".safetensors") or name.startswith("/") or ".." in name.split("/")):
+            raise ValueError(
+                f"weight_name is '{name}'; it must be a .safetensors file within path (others could run code)"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """The dense teacher."""
 
@@ -94,14 +114,20 @@ class ModelConfig(Section):
     source: Literal["train", "folder", "hub"]
     path: str | None = Field(None, description="a diffusers pipeline folder, or a hub id")
     revision: str | None = None
+    lora: LoRAConfig | None = None
     transformer: TransformerConfig | None = None
     vae: VAEConfig | None = None
     text: TextConfig | None = None
     training: TeacherTrainingConfig | None = None
     resolution: int = Field(gt=0, description="side of the square image, pixels")
-    guidance_scale: float = Field(3.5, gt=0)
+    guidance_scale: float | None = Field(
+        3.5, gt=0, description="null: a teacher without guidance embedding, as FLUX.1 [schnell]"
+    )
     num_inference_steps: int = Field(gt=0)
-    max_sequence_length: int = Field(512, gt=0, description="T5 tokens a prompt, in training and sampling")
+    max_sequence_length: int = Field(512, gt=0, le=512, description="T5 tokens a prompt, in training and sampling")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights and arithmetic where nothing is trained: importance, pictures, latency"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -117,8 +143,14 @@ class ModelConfig(Section):
             missing = [k for k in ("transformer", "vae", "text", "training") if getattr(self, k) is None]
             if missing:
                 raise ValueError(f"source is 'train'; then {', '.join(missing)} must be given")
+            if self.lora is not None:
+                raise ValueError(
+                    f"lora is '{self.lora.path}', but source is 'train'; only a given teacher takes one: lora must be null"
+                )
         elif not self.path:
             raise ValueError(f"source is '{self.source}'; then path must be given")
+        if self.transformer is not None:
+            check_guidance(self.guidance_scale, self.transformer.guidance_embeds, "transformer.guidance_embeds")
         if self.vae is not None and self.resolution % (self.vae.factor * LATENT_PATCH):
             raise ValueError(
                 f"resolution is {self.resolution}; it must be a multiple of {self.vae.factor * LATENT_PATCH}: the VAE's"
@@ -130,3 +162,11 @@ class ModelConfig(Section):
                 f" which is {self.text.max_sequence_length}"
             )
         return self
+
+
+def check_guidance(scale: float | None, embeds: bool, where: str) -> None:
+    """A model with a guidance embedding needs a scale, one without takes none; raises ValueError, naming both."""
+    if embeds and scale is None:
+        raise ValueError(f"guidance_scale is null, but {where} is true; it must be a number, 3.5 for FLUX.1 [dev]")
+    if not embeds and scale is not None:
+        raise ValueError(f"guidance_scale is {scale:g}, but {where} is false: the model takes none; it must be null")

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from moe_core.config.agreement import check_blocks, check_levels, check_samples, check_widths, check_workers
 from moe_core.config.compute import ComputeConfig
 from moe_core.config.data import DataConfig
-from moe_core.config.evaluation import EvalConfig
+from moe_core.config.evaluation import EvalConfig, EvaluatedModel
 from moe_core.config.kd import KDConfig
 from moe_core.config.model import ModelConfig
 from moe_core.config.section import Section
@@ -23,13 +23,14 @@ class Params(Section):
     data: DataConfig
     moe: MoEConfig
     mob: MoBConfig
+    models: dict[str, EvaluatedModel]
     kd: KDConfig
     eval: EvalConfig
     compute: ComputeConfig
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
-        check_levels(self.mob)
+        check_levels(self.mob, self.models)
         check_samples(self)
         check_workers(self)
         if self.model.transformer is not None:

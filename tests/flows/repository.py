@@ -32,7 +32,20 @@ COPIED = [
     "moe_core/__init__.py",
     "moe_core/config",
     "moe_core/errors.py",
-    *(f"tasks/{name}.py" for name in ("__init__", "tracking", "curves", "fingerprint", "params", "project", "outs")),
+    *(
+        f"tasks/{name}.py"
+        for name in (
+            "__init__",
+            "tracking",
+            "curves",
+            "fingerprint",
+            "params",
+            "project",
+            "outs",
+            "places",
+            "leftovers",
+        )
+    ),
 ]
 
 STAGE = '''"""A stage of the test repository: NAME OUT DEP... writes OUT; evaluations take `seed` seconds."""

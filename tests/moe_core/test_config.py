@@ -91,7 +91,19 @@ def doubles(**groups: int) -> dict[str, Any]:
             {"mob.levels.XS.double": {"groups": 1, "size": 2}},
             "XS.double.size is 2, but the groups of level M, .* have 3",
         ),
-        ({"mob.levels.XXS": {"init": "checkpoints/mob/M"}}, "mob.levels has M, S, XS, XXS; it must have M, S, XS"),
+        (
+            {"mob.levels.XXS": {"init": "checkpoints/mob/M"}},
+            "models.XXS is missing; with mob.levels M, S, XS, XXS models",
+        ),
+        ({"mob.levels.L": {"init": "checkpoints/moe"}}, "mob.levels has L; that is the name of another model"),
+        (
+            {"models.S": {"checkpoint": "data/checkpoints/moe", "reference": "data/images/teacher"}},
+            "models.S is data/checkpoints/moe; .*, and S's checkpoint data/checkpoints/mob/S",
+        ),
+        (
+            {"models.lite": {"checkpoint": "data/lite", "reference": "data/images/teacher"}},
+            "models.lite is data/lite; with mob.levels M, S, XS models must be teacher, shared, L, M, S, XS, and lite's",
+        ),
         (
             {"moe.dense_double_blocks": [1], **doubles(groups=2, size=2)},
             "mob.levels.M.double: 2 groups of 2 consecutive blocks do not fit: there is room for 1 among 5 blocks",

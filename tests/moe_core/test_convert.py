@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_core import convert
+from moe_core import convert, structure
 from moe_core.errors import ConfigError
 from moe_core.mob import MoBGroup
 from tests.moe_core.small_models import (
@@ -203,14 +203,14 @@ def test_choose_groups_against_brute_force(count: int, groups: int, size: int, t
             and not any(start <= t < start + size for start in starts for t in taken)
         ]
         best = min(legal, key=lambda starts: sum(sum(cost[s : s + size]) for s in starts))
-        found = convert.choose_groups(cost, groups, size, taken)
+        found = structure.choose_groups(cost, groups, size, taken)
         assert [group[0] for group in found] == list(best)
         assert all(group == list(range(group[0], group[0] + size)) for group in found)
 
 
 def test_too_many_groups_are_refused():
     with pytest.raises(ConfigError, match="3 groups of 3"):
-        convert.choose_groups([1.0] * 8, 3, 3)
+        structure.choose_groups([1.0] * 8, 3, 3)
 
 
 # -- bad input

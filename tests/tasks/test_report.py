@@ -246,7 +246,8 @@ def test_plots_are_drawn_in_the_font_that_comes_with_matplotlib(root: Path) -> N
 
 def test_without_mob_levels_the_report_ends_at_l(root: Path) -> None:
     params = made.params()
-    params = params.model_copy(update={"mob": params.mob.model_copy(update={"levels": {}})})
+    models = {name: params.models[name] for name in ("teacher", "shared", "L")}
+    params = params.model_copy(update={"mob": params.mob.model_copy(update={"levels": {}}), "models": models})
     report.build(root, params, EMPTY)
     assert list(markdown_rows(root)) == ["Teacher (dense)", "Shared experts only", "MoE-L"]
     assert not (root / "reports" / "figures" / "block_use.svg").exists()

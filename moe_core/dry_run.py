@@ -1,0 +1,286 @@
+"""What a step costs in FLOPs and memory, found by running it on fake tensors: the code that trains, without the arithmetic.
+
+- Fake tensors (`FakeTensorMode`) have shapes, types and storages, and no data. A step of 12 B parameters takes seconds and megabytes.
+- What depends on values is replaced while it runs: a MoB group deals its samples to its blocks in turn, and the grouped
+  matrix product, which knows no fake float32, is a product of the same size with one expert's weights.
+- FLOPs are counted on the operations that run, those that checkpointing repeats included. Two a multiply-add.
+
+Shapes: B batch, T tokens, D width, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from moe_core import losses
+from moe_core.config import KDStageConfig
+from moe_core.distill import KDBatch, KDStep, predict
+from moe_core.importance import ImportanceAccumulator
+from moe_core.memory import LiveMemory, Peak, parameters_and_buffers
+from moe_core.mob import BlockRouting, MoBGroup
+from moe_core.transformer import FluxMoETransformer2DModel, on_meta
+
+TEACHER, STUDENT, OPTIMIZER = "teacher", "student", "optimizer"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Size of a batch of a FLUX transformer."""
+
+    samples: int
+    image_tokens: int
+    text_tokens: int
+
+
+NOTHING = Peak(0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step takes."""
+
+    flops: int
+    peak: Peak
+    """of forward and backward pass"""
+    update: Peak = NOTHING
+    """of the optimizer's update"""
+
+    @property
+    def most(self) -> Peak:
+        """The larger of both."""
+        return max(self.peak, self.update, key=lambda peak: peak.total)
+
+
+BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def kd_step(
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    stage: KDStageConfig,
+    inputs: Inputs,
+    build_optimizer: BuildOptimizer,
+    *,
+    frozen: torch.dtype,
+    trained: torch.dtype,
+) -> Cost:
+    """One distillation step that is not the first: the optimizer has its state.
+
+    `teacher`, `student`: configurations. `frozen`, `trained`: types of the weights; where they differ, the pass is computed
+    in the first under autocast.
+    """
+    with _fake():
+        dense, sparse = _made(teacher, frozen), _made(student, trained)
+        step = KDStep(sparse, dense, stage)
+        lower_frozen(sparse, frozen)
+        autocast = torch.autocast("cpu", frozen) if frozen != trained else nullcontext()
+
+        def loss() -> Tensor:
+            batch = _batch(dense, inputs, frozen)
+            with autocast:
+                return step(batch)["loss"]
+
+        return _train(step, {TEACHER: dense, STUDENT: sparse}, loss, build_optimizer, stage.optimizer.grad_clip)
+
+
+def flow_step(config: Mapping[str, Any], inputs: Inputs, build_optimizer: BuildOptimizer, grad_clip: float) -> Cost:
+    """One step of training a transformer from nothing, in float32."""
+    with _fake():
+        model = _made(config, torch.float32)
+
+        def loss() -> Tensor:
+            batch = _batch(model, inputs, torch.float32)
+            return losses.distill_loss(predict(model, batch), batch.target).mean()
+
+        return _train(model, {TEACHER: model}, loss, build_optimizer, grad_clip)
+
+
+def _train(
+    trainee: nn.Module,
+    kinds: Mapping[str, nn.Module],
+    loss: Callable[[], Tensor],
+    build_optimizer: BuildOptimizer,
+    grad_clip: float,
+) -> Cost:
+    weights = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+    optimizer, memory = build_optimizer(trainee), LiveMemory()
+    for kind, module in kinds.items():
+        memory.watch(parameters_and_buffers(module), kind)
+    memory.watch_gradients(weights)
+    with memory, _Flops() as counter:
+        loss().backward()
+        nn.utils.clip_grad_norm_(weights, grad_clip)
+        passed, memory.peak = memory.peak, NOTHING
+        with memory.all_new_is(OPTIMIZER):
+            optimizer.step()
+        # The update of the first step makes the optimizer's state; in every later pass that is there as well.
+        state = memory.live[OPTIMIZER]
+    peak = Peak(passed.total + state, {**passed.by_kind, OPTIMIZER: state})
+    return Cost(counter.total, peak, memory.peak)
+
+
+def importance_pass(teacher: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype) -> Cost:
+    """Forward and backward pass of a batch, with the per-sample scores of every FFN."""
+    with _fake():
+        dense = _made(teacher, dtype)
+        accumulator = ImportanceAccumulator(dense)
+        return _pass(dense, TEACHER, lambda: accumulator.add_sums(_batch(dense, inputs, dtype)))
+
+
+@torch.no_grad()
+def denoising_step(config: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype) -> Cost:
+    """One call of a transformer, dense or sparse, as in sampling."""
+    with _fake():
+        model = _made(config, dtype).eval()
+        return _pass(model, STUDENT, lambda: predict(model, _batch(model, inputs, dtype)))
+
+
+def trained_parameters(config: Mapping[str, Any], parts: Iterable[str]) -> int:
+    """How many parameters of a sparse model `parts` are, see `FluxMoETransformer2DModel.set_trainable`."""
+    return _trained(_with_trainable(config, parts))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of sharding: what is gathered at once."""
+
+    parameters: int
+    trained: int
+
+
+def largest_unit(config: Mapping[str, Any], parts: Iterable[str]) -> Unit:
+    """The largest block or MoB group."""
+    model = _with_trainable(config, parts)
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    units = [Unit(sum(p.numel() for p in block.parameters()), _trained(block)) for block in blocks]
+    return max(units, key=lambda unit: unit.parameters)
+
+
+def _with_trainable(config: Mapping[str, Any], parts: Iterable[str]) -> FluxMoETransformer2DModel:
+    model = on_meta(config)
+    model.set_trainable(parts)
+    return model
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def call(build: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], kind: str) -> Cost:
+    """A forward pass without gradients of any module, as a VAE or a text encoder: `inputs(module)` makes and runs it."""
+    with _fake(), torch.no_grad():
+        module = build().eval()
+        return _pass(module, kind, lambda: inputs(module))
+
+
+def _pass(module: nn.Module, kind: str, run: Callable[[], Any]) -> Cost:
+    memory = LiveMemory()
+    memory.watch(parameters_and_buffers(module), kind)
+    with memory, _Flops() as counter:
+        run()
+    return Cost(counter.total, memory.peak)
+
+
+def _made(config: Mapping[str, Any], dtype: torch.dtype) -> FluxMoETransformer2DModel:
+    """A sparse or a dense transformer: a dense one is a sparse one without sparse parts."""
+    with _made_as(dtype):
+        return FluxMoETransformer2DModel.from_config(dict(config))
+
+
+def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _made_as(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _batch(model: FluxTransformer2DModel, inputs: Inputs, dtype: torch.dtype) -> KDBatch:
+    config, samples = model.config, inputs.samples
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    return KDBatch(
+        latents=empty(samples, inputs.image_tokens, config.in_channels),
+        noise=empty(samples, inputs.image_tokens, config.in_channels),
+        sigma=torch.empty(samples, dtype=torch.float32),
+        prompt_embeds=empty(samples, inputs.text_tokens, config.joint_attention_dim),
+        pooled=empty(samples, config.pooled_projection_dim),
+        img_ids=torch.empty(inputs.image_tokens, 3, dtype=torch.float32),
+        txt_ids=torch.empty(inputs.text_tokens, 3, dtype=torch.float32),
+        guidance=torch.empty(samples, dtype=torch.float32) if config.guidance_embeds else None,
+    )
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    with (
+        FakeTensorMode(),
+        mock.patch.object(F, "grouped_mm", _like_grouped_mm),
+        mock.patch.object(MoBGroup, "choices", _in_turn),
+    ):
+        yield
+
+
+def _like_grouped_mm(x_ND: Tensor, w_EDF: Tensor, offs: Tensor) -> Tensor:
+    return x_ND @ w_EDF[0]
+
+
+def _in_turn(group: MoBGroup, routing: BlockRouting) -> list[list[int]]:
+    count, active = len(group.blocks), routing.indices_Bk.shape[1]
+    return [sorted((sample + i) % count for i in range(active)) for sample in range(len(routing.indices_Bk))]
+
+
+class _Flops(TorchDispatchMode):
+    """Counts as `torch.utils.flop_counter` does, whose own mode cannot be in force during `torch.autograd.grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if formula := _FORMULAS.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Of fused attention on a CPU, which torch's counter does not know; [B, heads, T, head width] each."""
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward_flops(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    # Q K^T once more, then the gradients of value, of the probabilities, of query and of key: as for CUDA's kernels.
+    return _attention_flops(query, key, value) * 5 // 2
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}

@@ -1,0 +1,256 @@
+"""What each stage of an experiment takes: parameters, FLOPs, memory of a GPU, disk.
+
+- Steps are run on fake tensors (`moe_core.dry_run`), by the code that trains; what is shared out over GPUs is divided.
+- Memory is that of tensors. A GPU needs some more: CUDA's context and libraries, and what its allocator cannot fill.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_core import accounting, dry_run, structure
+from moe_core.config import KDStageConfig, OptimizerConfig, Params
+from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, Cost, Inputs
+from moe_core.memory import ACTIVATIONS
+from tasks import checkpoints, optimizer
+from tasks.plan_teacher import Teacher
+
+GATHERED_UNITS = 3
+"""FSDP2's units whole at once: the one that runs, the next one, and its copy out of the gathering buffer."""
+
+MASTER_BYTES = 4
+MOMENTS = {"muon": 1.0, "adamw": 2.0, "adamw8bit": 0.5}
+"""Size of an optimizer's state over that of the masters."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage."""
+
+    stage: str
+    work: str
+    """what FLOPs are for, in words"""
+    flops: float = 0.0
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """bytes on one GPU at the worst moment, by kind"""
+    disk: float = 0.0
+    """bytes of its outs, and of its checkpoints while it trains"""
+    parameters: accounting.Counts | None = None
+    """of the model that it makes"""
+    gpus: int = 1
+
+    @property
+    def peak(self) -> float:
+        """Bytes on one GPU."""
+        return sum(self.memory.values())
+
+
+class Costs:
+    """All stages of the parameters, in the DAG's order."""
+
+    def __init__(self, params: Params, teacher: Teacher) -> None:
+        self.params, self.teacher = params, teacher
+        self.image_tokens = teacher.image_tokens(params.model.resolution)
+        self.text_tokens = params.model.max_sequence_length
+        self.given = torch.bfloat16 if params.model.precision == "bf16" else torch.float32
+
+    def stages(self) -> list[StageCost]:
+        """One each; those that compute next to nothing are left out."""
+        made = [self.teacher_stage(), self.shard(), self.importance()]
+        made.append(self.distillation("shared_expert_kd", self.params.kd.shared_expert, self.configs["shared"]))
+        made.append(self.distillation("moe_kd", self.params.kd.moe, self.configs["L"]))
+        for level in self.params.mob.levels:
+            made.append(self.distillation(f"mob_kd@{level}", self.params.kd.mob, self.configs[level]))
+        return made + [self.evaluation(name) for name in self.configs]
+
+    @cached_property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Name of a model in the report -> its configuration."""
+        dense, moe, mob = self.teacher.transformer, self.params.moe, self.params.mob
+        found = {
+            "teacher": structure.dense_part(dense),
+            "shared": structure.shared_config(dense, moe),
+            "L": structure.moe_config(dense, moe),
+        }
+        starts = {"teacher": "teacher", "checkpoints/moe": "L"} | {
+            f"checkpoints/mob/{level}": level for level in mob.levels
+        }
+        waiting = list(mob.levels)
+        # Which blocks form groups is found by their importance; what a group costs does not depend on it.
+        change = {f"{kind}.{i}": 0.0 for kind in structure.KINDS.values() for i in range(_blocks(dense))}
+        while waiting:
+            level = next(name for name in waiting if starts[mob.levels[name].init] in found)
+            waiting.remove(level)
+            found[level] = structure.mob_config(found[starts[mob.levels[level].init]], mob.levels[level], mob, change)
+        return {name: found[name] for name in ("teacher", "shared", "L", *mob.levels)}
+
+    # -- stages
+
+    def teacher_stage(self) -> StageCost:
+        """A given teacher is copied; of one that is trained, the transformer's training counts."""
+        counts = accounting.count(self.configs["teacher"])
+        disk = sum(self._sizes.values()) * self.given.itemsize
+        training = self.params.model.training
+        if training is None:
+            return StageCost("teacher", "copied, a LoRA fused", disk=disk, parameters=counts)
+        config = training.transformer
+        cost = self._teacher_step(config)
+        steps = config.steps * config.batch_size / self._local("teacher", config)
+        state = self._checkpoint(config, counts.total)
+        return StageCost(
+            "teacher", f"{config.steps} steps of {config.batch_size}", steps * cost.flops, cost.most.by_kind, disk + state, counts,
+            self._gpus("teacher"),
+        )  # fmt: skip
+
+    def shard(self) -> StageCost:
+        """The VAE's encoder; of data whose number nobody knows, for a thousand pictures."""
+        shard, model = self.params.data.shard, self.params.model
+        known = self.params.data.embedded.samples if self.params.data.embedded else None
+        count, size = known or 1000, shard.batch_size
+        side = model.resolution
+        shape = (size, 3, side, side)
+        cost = dry_run.call(
+            self.teacher.build_vae, lambda vae: vae.encode(torch.empty(shape)).latent_dist.mode(), "vae"
+        )
+        latent = self.image_tokens * int(self.teacher.transformer["in_channels"]) * torch.float32.itemsize
+        return StageCost(
+            "shard", f"{count} pictures" + ("" if known else " (each thousand)"), cost.flops * count / size,
+            cost.most.by_kind, latent * count, gpus=self._gpus("shard"),
+        )  # fmt: skip
+
+    def importance(self) -> StageCost:
+        """Forward and backward pass with per-sample scores, over the calibration split."""
+        samples, size = self.params.data.shard.calibration_samples, self.params.kd.importance_batch_size
+        cost = dry_run.importance_pass(self.teacher.transformer, self._inputs(min(size, samples)), self.given)
+        text_flops, text_memory = self._text(self.given)
+        flops = samples * (cost.flops / min(size, samples) + text_flops)
+        memory = {**cost.most.by_kind, "text encoders": text_memory}
+        return StageCost(
+            "importance", f"{samples} samples, {size} at once", flops, memory, gpus=self._gpus("importance")
+        )
+
+    def distillation(self, name: str, stage: KDStageConfig, config: Mapping[str, Any]) -> StageCost:
+        """Teacher and student, every step and validation."""
+        params, optim = self.params, stage.optimizer
+        compute, local = params.compute.of(name), self._local(name, optim)
+        low = torch.bfloat16 if optim.precision == "bf16" else torch.float32
+        sharded = compute.sharding == "full"
+        # Sharded weights are gathered in the precision computed in; otherwise the masters themselves are used.
+        cost = dry_run.kd_step(
+            self.teacher.transformer, config, stage, self._inputs(local), partial(optimizer.build, optim),
+            frozen=low, trained=low if sharded else torch.float32,
+        )  # fmt: skip
+        counts, trained = accounting.count(config), dry_run.trained_parameters(config, stage.train)
+        memory = dict(cost.most.by_kind)
+        text_flops, text_memory = self._text(low)
+        if sharded:
+            memory = self._sharded(cost, config, stage, compute.num_workers, low)
+            if compute.text_encoders == "sharded":
+                text_memory /= compute.num_workers
+        elif compute.num_workers > 1:
+            memory["DDP's buckets"] = trained * MASTER_BYTES
+        memory["text encoders"] = text_memory
+        if optim.ema_decay is not None:
+            memory["average"] = trained * MASTER_BYTES / (compute.num_workers if sharded else 1)
+        samples = optim.steps * optim.batch_size
+        validations = (1 + math.ceil(optim.steps / stage.validate_every)) * params.kd.validation_samples
+        once = self._flops(self.configs["teacher"]) + self._flops(config) + text_flops
+        flops = samples * (cost.flops / local + text_flops) + validations * once
+        disk = counts.total * low.itemsize + self._checkpoint(optim, trained)
+        work = f"{optim.steps} steps of {optim.batch_size}, {local} at once on a GPU"
+        return StageCost(name, work, flops, memory, disk, counts, self._gpus(name))
+
+    def evaluation(self, name: str) -> StageCost:
+        """Pictures of all prompts, and the validation loss."""
+        params = self.params
+        prompts, size = params.eval.prompts, params.eval.batch_size
+        step = dry_run.denoising_step(self.configs[name], self._inputs(min(size, prompts)), self.given)
+        text_flops, text_memory = self._text(self.given)
+        side = self.image_tokens**0.5 * 2
+        shape = (min(size, prompts), int(self.teacher.vae["latent_channels"]), int(side), int(side))
+        decode = dry_run.call(self.teacher.build_vae, lambda vae: vae.decode(torch.empty(shape)).sample, "vae")
+        picture = params.model.num_inference_steps * step.flops / min(size, prompts) + text_flops
+        flops = prompts * (picture + decode.flops / shape[0])
+        weights = sum(bytes_ for kind, bytes_ in step.most.by_kind.items() if kind != ACTIVATIONS)
+        passing = max(step.most.by_kind.get(ACTIVATIONS, 0), decode.most.by_kind.get(ACTIVATIONS, 0))
+        memory = {
+            "transformer": weights, ACTIVATIONS: passing, "text encoders": text_memory,
+            "vae": decode.most.by_kind["vae"],
+        }  # fmt: skip
+        validation = params.kd.validation_samples * (
+            self._flops(self.configs["teacher"]) + self._flops(self.configs[name])
+        )
+        memory[TEACHER] = accounting.count(self.configs["teacher"]).total * self.given.itemsize
+        counts = accounting.count(self.configs[name])
+        work = f"{prompts} pictures of {params.model.num_inference_steps} steps, {size} at once"
+        return StageCost(
+            f"evaluate@{name}", work, flops + validation, memory, parameters=counts, gpus=self._gpus("evaluate")
+        )
+
+    # -- pieces
+
+    def _sharded(
+        self, cost: Cost, config: Mapping[str, Any], stage: KDStageConfig, workers: int, low: torch.dtype
+    ) -> dict[str, float]:
+        """Of a step whose weights lie on `workers` GPUs: `cost` is that of whole models in `low`."""
+        trained, units = dry_run.trained_parameters(config, stage.train), dry_run.largest_unit(config, stage.train)
+        student = accounting.count(config).total
+        resident = {
+            TEACHER: cost.most.by_kind[TEACHER] / workers,
+            STUDENT: ((student - trained) * low.itemsize + trained * MASTER_BYTES) / workers,
+            "gradients": trained * MASTER_BYTES / workers,
+            OPTIMIZER: MOMENTS[stage.optimizer.optimizer] * trained * MASTER_BYTES / workers,
+        }
+        gathered = GATHERED_UNITS * units.parameters * low.itemsize + units.trained * (low.itemsize + MASTER_BYTES)
+        return {**resident, "gathered units": gathered, ACTIVATIONS: cost.peak.by_kind.get(ACTIVATIONS, 0)}
+
+    def _teacher_step(self, config: OptimizerConfig) -> Cost:
+        inputs = self._inputs(self._local("teacher", config))
+        return dry_run.flow_step(self.teacher.transformer, inputs, partial(optimizer.build, config), config.grad_clip)
+
+    def _inputs(self, samples: int) -> Inputs:
+        return Inputs(samples, self.image_tokens, self.text_tokens)
+
+    def _local(self, stage: str, config: OptimizerConfig) -> int:
+        """Samples of one pass on one GPU."""
+        return max(1, config.at_once // self._gpus(stage))
+
+    def _gpus(self, stage: str) -> int:
+        return max(1, self.params.compute.of(stage).num_workers)
+
+    def _flops(self, config: Mapping[str, Any]) -> int:
+        return accounting.flops(config, self.image_tokens, self.text_tokens).total
+
+    def _text(self, dtype: torch.dtype) -> tuple[float, float]:
+        """FLOPs of encoding one prompt, and bytes of both encoders."""
+        return self._text_flops, sum(self._sizes[part] for part in ("text_encoder", "text_encoder_2")) * dtype.itemsize
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return self.teacher.parameters()
+
+    @cached_property
+    def _text_flops(self) -> float:
+        def run(module: nn.Module) -> Any:
+            # CLIP takes 77 tokens at most.
+            length = min(self.text_tokens, int(getattr(module.config, "max_position_embeddings", self.text_tokens)))
+            return module(torch.zeros(1, length, dtype=torch.int64))
+
+        return sum(dry_run.call(build, run, "text").flops for build in (self.teacher.build_clip, self.teacher.build_t5))
+
+    def _checkpoint(self, config: OptimizerConfig, trained: int) -> float:
+        """Bytes of the resume checkpoints: masters, the optimizer's state, the average."""
+        moments = MOMENTS[config.optimizer]
+        average = config.ema_decay is not None
+        return checkpoints.KEPT * trained * MASTER_BYTES * (1 + moments + average)
+
+
+def _blocks(config: Mapping[str, Any]) -> int:
+    return max(int(config["num_layers"]), int(config["num_single_layers"]))

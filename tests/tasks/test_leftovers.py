@@ -1,0 +1,55 @@
+"""What a former experiment with other levels left is told before any work, and removed when asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_core.errors import ConfigError
+from tasks import leftovers
+
+MODELS = ("teacher", "shared", "L", "M")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout in which an experiment with the levels M and XS has run."""
+    for model in (*MODELS, "XS"):
+        files = [f"data/images/{model}/prompts.jsonl", f"data/evaluations/{model}.json"]
+        files += [f"reports/stages/evaluate-{model}.json"]
+        if model in ("M", "XS"):
+            files += [f"data/checkpoints/mob/{model}/config.json"]
+            files += [f"reports/stages/mob_kd-{model}.json", f"reports/curves/mob_kd-{model}.csv"]
+        for file in [*files, "reports/stages/teacher.json", "reports/curves/teacher-vae.csv"]:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(model)
+    return tmp_path
+
+
+def test_outs_of_other_models_are_refused_by_name(checkout: Path) -> None:
+    leftovers.check(checkout, (*MODELS, "XS"))
+    with pytest.raises(
+        ConfigError, match=r"data/checkpoints/mob/XS belongs to no model of this experiment \(teacher, "
+    ):
+        leftovers.check(checkout, MODELS)
+
+
+def test_they_alone_are_removed(checkout: Path) -> None:
+    before = {path for path in checkout.rglob("*") if path.is_file()}
+    (checkout / "cache").mkdir()
+    (checkout / "data/checkpoints/mob/XXS").symlink_to(checkout / "cache")
+    removed = leftovers.remove(checkout, MODELS)
+    gone = before - {path for path in checkout.rglob("*") if path.is_file()}
+    assert {path.relative_to(checkout).as_posix() for path in gone} == {
+        "data/checkpoints/mob/XS/config.json",
+        "data/images/XS/prompts.jsonl",
+        "data/evaluations/XS.json",
+        "reports/stages/evaluate-XS.json",
+        "reports/stages/mob_kd-XS.json",
+        "reports/curves/mob_kd-XS.csv",
+    }
+    assert len(removed) == 7
+    assert (checkout / "cache").is_dir()
+    leftovers.check(checkout, MODELS)
+    assert leftovers.remove(checkout, MODELS) == []
