@@ -311,7 +311,7 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("two_workers", ["full"], indirect=True)
 def test_sharded_workers_of_two_nodes_lose_a_worker_or_a_node_and_end_the_same(two_workers: Path) -> None:
     command, place, _ = STAGES["shared_expert_kd"]
