@@ -263,9 +263,11 @@ def two_workers(finished: Path, request: pytest.FixtureRequest) -> Iterator[Path
     curve = finished / "reports" / "curves" / "shared_expert_kd.csv"
     params, kept, kept_curve = (finished / "params.yaml").read_text(), finished / "kept", curve.read_text()
     out.rename(kept)
-    (finished / "params.yaml").write_text(
-        compose(ROOT, [*FEW, "compute.num_workers=2", "compute.max_failures=3", f"compute.sharding={request.param}"])
-    )
+    places = [f"compute.sharding={request.param}"]
+    if request.param == "full":
+        places.append("compute.text_encoders=sharded")
+    workers = ["compute.num_workers=2", "compute.max_failures=3", *places]
+    (finished / "params.yaml").write_text(compose(ROOT, [*FEW, *workers]))
     try:
         yield finished
     finally:
