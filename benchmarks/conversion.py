@@ -4,7 +4,8 @@
     python -m benchmarks.conversion --double 4 --single 4  the same with fewer blocks; writes the result below DIR only
 
 - DIR (default: a folder of this name in the temporary folder) needs 48 GB; the source in it is made once, and kept for the next time.
-- Dense to L at once (`stream.to_moe_joint`): 1S12E2A, the first three double blocks dense, conditioning 3072 -> 256 fitted to 4,096 vectors.
+- Dense to L at once (`stream.to_moe_joint`): 1S12E2A, the first three double blocks dense, conditioning 3072 -> 256 fitted to 512
+  vectors, as many as the presets take.
 - `cp` before and after, so that a disk that becomes slower or faster shows. For each run the page cache is dropped before the clock starts, and
   it stops when all is on the disk. Seconds are those of the whole command, imports of torch included; peak memory is the process's VmHWM.
 - Then the result is opened, counted against `moe_core.accounting`, and experts of three FFNs are compared with the teacher's segments.
@@ -36,7 +37,7 @@ from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 RESULTS = Path("benchmarks/results/conversion.json")
 DOUBLE, SINGLE = 19, 38
 DENSE_BLOCKS = 3
-VECTORS = 4096
+VECTORS = 512
 SHARD_BYTES = 10 * 10**9
 GB = 1e9
 

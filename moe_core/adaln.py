@@ -218,8 +218,13 @@ def _random_conditioning(
 
 def _project(y_ND: Tensor, conditioning_dim: int) -> Projection:
     mean_D = y_ND.mean(0)
-    covariance_DD = (y_ND - mean_D).T @ (y_ND - mean_D) / len(y_ND)
-    basis_DC = torch.linalg.eigh(covariance_DD).eigenvectors[:, -conditioning_dim:]
+    centred_ND = y_ND - mean_D
+    if conditioning_dim <= len(y_ND) < y_ND.shape[1]:
+        # The same components; of the covariance, as wide as FLUX.1 is, they would take ten times as long.
+        basis_DC = torch.linalg.svd(centred_ND, full_matrices=False).Vh[:conditioning_dim].T
+    else:
+        covariance_DD = centred_ND.T @ centred_ND / len(y_ND)
+        basis_DC = torch.linalg.eigh(covariance_DD).eigenvectors[:, -conditioning_dim:]
     # The channels of y that the components determine best, by pivoting; then the rotation that brings each component
     # nearest to its own.
     channels, rest_DC = [], basis_DC

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
@@ -51,6 +53,7 @@ class ModelFolder:
         self.tensors = checkpoint.check_weights(path, shapes)
         _check_precision(path, self.tensors)
         self._files: dict[Path, int] = {}
+        self._buffers = _Buffers()
 
     def dtype(self, name: str) -> torch.dtype:
         """The precision in which a tensor is stored."""
@@ -61,9 +64,9 @@ class ModelFolder:
         return self.tensors[name].end - self.tensors[name].start
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in memory of its own. Raises CheckpointError if the file has become shorter."""
+        """A tensor, in memory of its own as long as it or a view of it lives. Raises CheckpointError if the file has become shorter."""
         stored = self.tensors[name]
-        raw = torch.empty(self.size(name), dtype=torch.uint8)
+        raw = self._buffers.take(self.size(name))
         rest, at = raw.numpy().data, stored.start
         while rest:
             count = os.preadv(self._file(stored.path), [rest], at)
@@ -92,6 +95,22 @@ class ModelFolder:
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
+
+
+class _Buffers:
+    """Memory that is read into again once nobody holds the tensor in it: clearing new pages takes the kernel longer than the reading itself."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+
+    def take(self, size: int) -> Tensor:
+        """So many bytes, of any content."""
+        free = self._free[size]
+        memory = free.pop() if free else torch.empty(size, dtype=torch.uint8).numpy()
+        lent = memory.view()
+        # The tensor's storage, which all of its views share, holds `lent` until it ends itself.
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 def _check_precision(path: Path, tensors: Mapping[str, Stored]) -> None:

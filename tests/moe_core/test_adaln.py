@@ -130,6 +130,15 @@ def test_fewer_vectors_than_dimensions_still_fit():
     assert all(torch.isfinite(tensor).all() for tensor in (*fitted.projection, fitted.fit_CD, fitted.rest_D))
 
 
+@pytest.mark.parametrize("count", [9, 20, 31, 32, 100])
+def test_the_components_are_the_covariances_whichever_way_they_are_found(count: int):
+    bank = conditioning_bank(make_teacher(), count).double()
+    basis_DC = adaln.fit(bank, WIDTH, 8).projection.basis_DC
+    torch.testing.assert_close(basis_DC.T @ basis_DC, torch.eye(8, dtype=torch.float64))
+    largest_DC = torch.linalg.eigh(torch.cov(bank.T)).eigenvectors[:, -8:]
+    torch.testing.assert_close(basis_DC @ basis_DC.T, largest_DC @ largest_DC.T)
+
+
 def test_bad_vectors():
     with pytest.raises(ConfigError, match=r"shape \[10, 3\]; it must be \[N, 32\]"):
         adaln.fit(torch.zeros(10, 3), WIDTH, 8)

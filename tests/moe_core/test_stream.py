@@ -21,6 +21,7 @@ from moe_core import convert, stream
 from moe_core.checkpoint import CONFIG, INDEX
 from moe_core.errors import CheckpointError, ConfigError
 from moe_core.recipe import Recipe, Ref, unchanged
+from moe_core.shards import ModelFolder
 from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 from tests.moe_core.small_models import (
     SIZES,
@@ -198,6 +199,20 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+def test_memory_is_used_again_only_when_nobody_holds_it(tmp_path: Path):
+    teacher = make_teacher()
+    names = [f"transformer_blocks.{i}.attn.to_q.weight" for i in range(4)]
+    with ModelFolder(saved(teacher, tmp_path / "dense"), FluxTransformer2DModel) as folder:
+        first, view = folder.read(names[0]), folder.read(names[1])[:, :3]
+        place = first.data_ptr()
+        del first
+        again, other = folder.read(names[2]), folder.read(names[3])
+    assert again.data_ptr() == place
+    assert torch.equal(view, teacher.get_parameter(names[1])[:, :3])
+    assert torch.equal(again, teacher.get_parameter(names[2]))
+    assert torch.equal(other, teacher.get_parameter(names[3]))
+
+
 # -- bad input
 
 NAME = "transformer_blocks.2.ff.net.0.proj.weight"
@@ -245,7 +260,7 @@ def test_shards_that_are_missing_cut_or_elsewhere(dense: Path):
     for file in ("../outside.safetensors", str(dense.parent / "outside.safetensors"), "", "..", 3):
         index["weight_map"][NAME] = file
         (dense / INDEX).write_text(json.dumps(index))
-        refused(dense, CheckpointError, f"tensor {NAME} is in .*it must be a file name in this folder")
+        refused(dense, CheckpointError, f"tensor {NAME} is in .*it must be a .safetensors file beside the index")
     other = next(file.name for file in sorted(dense.glob("*.safetensors")) if file != path)
     index["weight_map"][NAME] = other
     (dense / INDEX).write_text(json.dumps(index))
@@ -273,7 +288,10 @@ def test_precisions_that_cannot_be_meant(dense: Path):
     path = shard_of(dense, NAME)
     whole = path.read_bytes()
     rewrite(path, lambda tensors: {**tensors, NAME: tensors[NAME].to(torch.int8)})
-    refused(dense, CheckpointError, f"tensor {NAME} is I8; it must be F32, BF16, F16")
+    refused(dense, CheckpointError, f"tensor {NAME} is stored as I8")
+    path.write_bytes(whole)
+    rewrite(path, lambda tensors: {**tensors, NAME: tensors[NAME].double()})
+    refused(dense, CheckpointError, f"tensor {NAME} is F64; it must be F32, BF16, F16")
     path.write_bytes(whole)
     rewrite(path, lambda tensors: {**tensors, NAME: tensors[NAME].half()})
     refused(dense, CheckpointError, r"net\.0\.proj\.\w+ is F\d+, but .* of the same layer is F\d+")
