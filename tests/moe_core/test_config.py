@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import yaml
 
 from moe_core.config import Params, parse
-from moe_core.config.agreement import check_teacher
 from moe_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,29 +154,3 @@ def test_a_stage_can_have_other_workers_than_the_rest() -> None:
     assert (compute.of("mob_kd@XS").num_workers, compute.of("mob_kd@XS").use_gpu) == (4, True)
     assert compute.of("mob_kd@XS").cpus_per_worker == 3
     assert compute.of("moe_kd") == compute
-
-
-def test_of_a_given_teacher_its_own_files_say_what_it_is(tmp_path: Path) -> None:
-    given = {"model.source": "folder", "model.path": str(tmp_path), "moe.conditioning_dim": 64}
-    params = parse(Params, _values(given))
-    assert params.model.transformer is None
-    with pytest.raises(ConfigError, match=r"model.path is .*model_index.json does not exist"):
-        check_teacher(tmp_path, params.moe, params.mob)
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"transformer/config.json: .*No such file"):
-        check_teacher(tmp_path, params.moe, params.mob)
-    (tmp_path / "transformer").mkdir()
-    shape = {"num_layers": 5, "num_single_layers": 12, "num_attention_heads": 4, "attention_head_dim": 16}
-    for config, message in (
-        ("no json", "transformer/config.json: Expecting value"),
-        ({"_class_name": "UNet"}, "describes a UNet, not a FluxTransformer2DModel"),
-        ({"_class_name": "FluxTransformer2DModel", **shape, "num_attention_heads": 3}, "at most the model's width, 48"),
-        ({"_class_name": "FluxTransformer2DModel", **shape, "num_layers": 3}, "there is room for 0 among 3 blocks"),
-    ):
-        text = config if isinstance(config, str) else json.dumps(config)
-        (tmp_path / "transformer" / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            check_teacher(tmp_path, params.moe, params.mob)
-    config = {"_class_name": "FluxTransformer2DModel", **shape}
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
-    check_teacher(tmp_path, params.moe, params.mob)
