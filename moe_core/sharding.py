@@ -184,8 +184,9 @@ def save_flux(model: FluxTransformer2DModel, folder: Path, dtype: torch.dtype | 
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if writes:
-        # FSDP2 gives a sharded module a class of its own, which has the model's as its second base.
+        # FSDP2 gives a sharded module a class of its own. Where a model was loaded from is no part of it.
         config = json.loads(model.to_json_string()) | {"_class_name": _class_of(model)}
+        config.pop("_name_or_path", None)
         (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if len(files) > 1:
             weight_map = {entry.name: file for file, members in zip(names, files, strict=True) for entry in members}

@@ -49,21 +49,18 @@ def build(
 def _whole(
     worker: Worker, teacher: Path, made: Path, params: Params, stage: KDStageConfig
 ) -> tuple[FluxPipeline, FluxMoETransformer2DModel]:
-    pipeline = sampling.load_pipeline(teacher, without=("vae",))
+    precision = _precision(stage)
+    pipeline = sampling.load_pipeline(teacher, dtype=precision, without=("vae",))
     student = sampling.load_transformer(made)
     student.set_trainable(stage.train)
-    if stage.optimizer.precision == "bf16":
-        sharding.lower_frozen(student, torch.bfloat16)
-        for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
-            part.requires_grad_(False)
-            sharding.lower_frozen(part, torch.bfloat16)
+    sharding.lower_frozen(student, precision)
     return pipeline.to(worker.device), student.to(worker.device)
 
 
 def _sharded(
     worker: Worker, teacher: Path, made: Path, params: Params, stage: KDStageConfig
 ) -> tuple[FluxPipeline, FluxMoETransformer2DModel]:
-    device, precision = worker.device, torch.bfloat16 if stage.optimizer.precision == "bf16" else torch.float32
+    device, precision = worker.device, _precision(stage)
     mesh = init_device_mesh(device.type, (worker.size,))
     pipeline = sampling.load_pipeline(teacher, dtype=precision, without=("vae", "transformer"))
     pipeline.text_encoder.to(device)
@@ -74,6 +71,10 @@ def _sharded(
         pipeline.text_encoder_2.to(device)
     pipeline.register_modules(transformer=sharding.load_flux(teacher / "transformer", mesh, device, precision))
     return pipeline, sharding.load_flux(made, mesh, device, precision, stage.train)
+
+
+def _precision(stage: KDStageConfig) -> torch.dtype:
+    return torch.bfloat16 if stage.optimizer.precision == "bf16" else torch.float32
 
 
 class KDTrainee:

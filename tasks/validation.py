@@ -31,12 +31,8 @@ def validation_loss(
 
     def batches() -> Iterator[tuple[KDBatch, int]]:
         for start in range(0, count, batch_size):
-            cut = range(start, min(start + batch_size, count))
-            each = -(-len(cut) // worker.size)
-            own = list(cut[worker.rank * each : (worker.rank + 1) * each])
-            # Each worker runs as many: the first ones once more, uncounted, where there are none left.
-            rows = own + list(cut[: each - len(own)])
-            yield make_batch(pipeline, data, rows, seed, rows, params), len(own)
+            rows, counted = worker.dealt(range(start, min(start + batch_size, count)))
+            yield make_batch(pipeline, data, rows, seed, rows, params), counted
 
     sums = torch.tensor(kd_sums(student, pipeline.transformer, batches()), dtype=torch.float64, device=worker.device)
     return kd_metrics(*worker.sum(sums).tolist())

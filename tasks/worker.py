@@ -32,6 +32,15 @@ class Worker:
         each = len(positions) // self.size
         return positions[self.rank * each : (self.rank + 1) * each]
 
+    def dealt(self, positions: range) -> tuple[list[int], int]:
+        """As many positions as any other rank gets, and how many of them, the first ones, are this rank's own.
+
+        For positions that need not divide: a rank that would have fewer has the first ones of all once more.
+        """
+        each = -(-len(positions) // self.size)
+        own = list(positions[self.rank * each : (self.rank + 1) * each])
+        return own + list(positions[: each - len(own)]), len(own)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks."""
         if self.size > 1:

@@ -33,7 +33,7 @@ class OptimizerConfig(Section):
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="bf16: computed, and frozen weights kept, in bf16; what trains keeps fp32 masters; the product is bf16",
+        description="bf16: computed by autocast; in distillation frozen weights and the product are bf16 too, and fp32 what trains",
     )
     ema_decay: float | None = Field(
         None,

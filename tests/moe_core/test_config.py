@@ -169,8 +169,3 @@ def test_a_stage_can_have_other_workers_than_the_rest() -> None:
     assert (compute.of("mob_kd@XS").num_workers, compute.of("mob_kd@XS").use_gpu) == (4, True)
     assert compute.of("mob_kd@XS").cpus_per_worker == 3
     assert compute.of("moe_kd") == compute
-
-
-def test_of_a_given_teacher_its_own_files_say_what_it_is() -> None:
-    given = {"model.source": "folder", "model.path": "/a/folder", "moe.conditioning_dim": 64}
-    assert parse(Params, _values(given)).model.transformer is None

@@ -170,6 +170,8 @@ def test_a_large_model_is_written_in_several_files(tmp_path: Path, monkeypatch: 
     again = FluxMoETransformer2DModel.from_pretrained(tmp_path)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, student.get_parameter(name).to(torch.bfloat16).float()), name
+    sharding.save_flux(again, tmp_path, None, writes=True)
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
 
 
 def test_a_folder_that_is_no_flux_is_refused(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def test_every_preset_has_every_key(preset: str) -> None:
     assert_complete(values)
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "params" / "compute").glob("*.yaml")))
+def test_every_compute_preset_has_every_key(preset: str) -> None:
+    assert_complete(yaml.safe_load(compose(ROOT, [f"compute={preset}"])))
+
+
 def assert_complete(values: dict[str, Any]) -> None:
     whole = parse(Params, values).model_dump(mode="json")
     assert sorted(flatten(whole).keys() - flatten(values).keys()) == [], "keys whose value is a default of the code"

@@ -263,9 +263,11 @@ def two_workers(finished: Path, request: pytest.FixtureRequest) -> Iterator[Path
     curve = finished / "reports" / "curves" / "shared_expert_kd.csv"
     params, kept, kept_curve = (finished / "params.yaml").read_text(), finished / "kept", curve.read_text()
     out.rename(kept)
-    (finished / "params.yaml").write_text(
-        compose(ROOT, [*FEW, "compute.num_workers=2", "compute.max_failures=3", f"compute.sharding={request.param}"])
-    )
+    places = [f"compute.sharding={request.param}"]
+    if request.param == "full":
+        places.append("compute.text_encoders=sharded")
+    workers = ["compute.num_workers=2", "compute.max_failures=3", *places]
+    (finished / "params.yaml").write_text(compose(ROOT, [*FEW, *workers]))
     try:
         yield finished
     finally:
@@ -311,7 +313,7 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("two_workers", ["full"], indirect=True)
 def test_sharded_workers_of_two_nodes_lose_a_worker_or_a_node_and_end_the_same(two_workers: Path) -> None:
     command, place, _ = STAGES["shared_expert_kd"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from moe_core.config import ComputeConfig
 from moe_core.errors import ConfigError, TrainingError
-from tasks import cluster, run_training
+from tasks import cluster, launch, run_training
 from tasks.phase import METRICS, NOTES, PRODUCT, Phase
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::ResourceWarning")
@@ -122,6 +122,15 @@ def _until_open(port: int) -> None:
                 return
         time.sleep(0.1)
     raise TimeoutError(f"nothing listens on port {port}")
+
+
+def test_a_node_that_does_not_see_the_stages_folder_says_so_before_any_work(tmp_path: Path) -> None:
+    arguments = {"entry": "tests.tasks.trivial:build", "arguments": {}, "folder": tmp_path}
+    with pytest.raises(
+        ConfigError, match=f"does not see {tmp_path}, where the stage's state is; .* that all nodes share"
+    ):
+        launch._work(arguments | {"seen": tmp_path / "the driver's mark"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, compute: Compute) -> None:

@@ -106,6 +106,13 @@ def test_two_sharded_workers_train_as_one_whole_does(whole: Path, two: Path, cas
     assert_alike(whole, two, case)
 
 
+def test_two_workers_with_whole_models_train_as_one_does(models: Path, whole: Path, tmp_path: Path) -> None:
+    """DDP, which leaves the gradients of all but the last micro batch unsummed, of blocks that not every rank or micro batch chose."""
+    case = "mob-adamw"
+    train([phase(models, sharded=False, name=case, **CASES[case])], tmp_path, 2)
+    assert_alike(whole, tmp_path, case)
+
+
 def test_the_product_is_a_diffusers_folder(models: Path, two: Path) -> None:
     start = FluxMoETransformer2DModel.from_pretrained(models / "mob")
     found = FluxMoETransformer2DModel.from_pretrained(two / "mob-adamw" / PRODUCT)

@@ -16,6 +16,7 @@ from moe_core.errors import ConfigError, TrainingError
 from tasks import optimizer, run_training, training
 from tasks.curves import Curve, Point
 from tasks.phase import METRICS, NOTES, PRODUCT, MetricsTail, Phase
+from tasks.worker import Worker
 from tests.tasks.trivial import Linear
 
 CPU = torch.device("cpu")
@@ -209,6 +210,15 @@ def test_a_curve_is_means_over_windows_that_depend_on_the_steps_alone() -> None:
     assert Point("validation", 100, {"loss": 7.0}) in points
     split = Curve(250)
     assert list(split.add(rows[:33])) + list(split.add(rows[33:])) == points
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_positions_that_do_not_divide_count_once(workers: int) -> None:
+    for count in range(1, 18):
+        dealt = [Worker(rank, workers, CPU).dealt(range(100, 100 + count)) for rank in range(workers)]
+        assert len({len(rows) for rows, _ in dealt}) == 1
+        assert [row for rows, own in dealt for row in rows[:own]] == list(range(100, 100 + count))
+        assert all(row in range(100, 100 + count) for rows, _ in dealt for row in rows)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
