@@ -15,10 +15,9 @@ from tasks.batches import make_batch
 def validation_loss(
     pipeline: FluxPipeline, student: nn.Module, data: LatentDataset, params: Params, batch_size: int
 ) -> dict[str, float]:
-    """`validate_kd` on the first `kd.validation_samples` of the validation split; a function of the weights alone."""
+    """`validate_kd` on the first `kd.validation_samples` of the validation split, of each bucket its share; a function of the weights alone."""
     seed = noise.derive_seed(params.seed, "kd-validation")
-    count = min(params.kd.validation_samples, len(data))
-    cuts = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    cuts = data.cuts(batch_size, params.kd.validation_samples)
     return validate_kd(
         student, pipeline.transformer, (make_batch(pipeline, data, cut, seed, cut, params) for cut in cuts)
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_core.data.webdataset import Reject
 
 from moe_core.data import latents, splits
 from moe_core.data.latents import LatentDataset, LatentRow
-from moe_core.data.webdataset import Reject
 from moe_core.errors import DataError
 
 

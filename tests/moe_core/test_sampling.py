@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from moe_core import sampling
+from moe_core import sampling, text_encoding
 from moe_core.errors import CheckpointError
 from moe_core.transformer import FluxMoETransformer2DModel
 from tests.moe_core.tiny_pipeline import tiny_pipeline
@@ -87,20 +87,20 @@ def test_a_prepared_batch_holds_what_the_pipeline_would_feed():
 
 
 def test_a_prompt_is_encoded_the_same_alone_and_in_company():
-    alone, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[:1], 8)
-    company, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[::-1], 8)
+    alone, _, _ = text_encoding.encode_prompts(tiny_pipeline(), PROMPTS[:1], 8)
+    company, _, _ = text_encoding.encode_prompts(tiny_pipeline(), PROMPTS[::-1], 8)
     assert torch.equal(alone[0], company[2])
 
 
 def test_no_more_tokens_are_encoded_than_asked_for():
     pipeline = tiny_pipeline()
-    assert sampling.encode_prompts(pipeline, PROMPTS, 4)[0].shape[1] == 4
+    assert text_encoding.encode_prompts(pipeline, PROMPTS, 4)[0].shape[1] == 4
     longest = pipeline.tokenizer_2.model_max_length
-    assert sampling.encode_prompts(pipeline, PROMPTS, 512)[0].shape[1] == min(longest, 512)
+    assert text_encoding.encode_prompts(pipeline, PROMPTS, 512)[0].shape[1] == min(longest, 512)
 
 
 def test_the_prompt_cache_is_bounded(monkeypatch: pytest.MonkeyPatch):
     pipeline = tiny_pipeline()
-    monkeypatch.setattr(sampling, "CACHE_BYTES", 1)
-    sampling.encode_prompts(pipeline, PROMPTS, 8)
-    assert len(sampling._CACHES[pipeline].entries) == 1
+    monkeypatch.setattr(text_encoding, "CACHE_BYTES", 1)
+    text_encoding.encode_prompts(pipeline, PROMPTS, 8)
+    assert len(text_encoding._CACHES[pipeline].entries) == 1

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_core.data.webdataset import Reject, Sample
 from PIL import Image
 
 from moe_core.data import webdataset
-from moe_core.data.webdataset import Reject, Sample
 from moe_core.errors import DataError
 
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from moe_core.config import Params, parse
-from moe_core.data import latents
-from moe_core.data.latents import LatentRow
+from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
+from moe_core.data.sources.samples import RejectCount
 from tasks import generation
 from tasks.generation import Made, Unit
 from tests.moe_core.tiny_pipeline import tiny_pipeline
@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
     shards.mkdir()
     generator = torch.Generator().manual_seed(0)
     rows = [LatentRow(f"k{i}", torch.randn(4, 8, 8, generator=generator), "a red seven", {}) for i in range(6)]
-    latents.write_manifest(shards, {"val": [latents.write_shard(shards, "val", 0, rows)]}, [], {})
+    write_manifest(shards, {"val": [write_shard(shards, "val", 0, (16, 16), rows)]}, RejectCount(), {})
     return tmp_path
 
 
