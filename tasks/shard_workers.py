@@ -117,11 +117,12 @@ class Encoder:
         from diffusers import AutoencoderKL
 
         from moe_core import teacher_training
+        from moe_core.text_encoding import LOADING
 
         torch.set_num_threads(threads)
         self.encode = teacher_training.encode
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae").to(device).eval()
+        self.vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae", **LOADING).to(device).eval()
         self.parts, self.buckets, self.size = Parts(Path(parts)), buckets, size
         self.text = None if text_tokens is None else _TextEncoders(teacher, device, text_tokens)
 

@@ -165,7 +165,9 @@ def test_a_cut_off_tar_is_a_reject_and_a_file_that_is_no_tar_an_error(tars: Path
         sharded(stage())
     assert not (stage().root / SHARDS).exists()
     last.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(DataError, match=r"unreadable_file: 1, the first: \S+2.tar \(1300 bytes\) cannot be read as a tar"):
+    with pytest.raises(
+        DataError, match=r"unreadable_file: 1, the first: \S+2.tar \(1300 bytes\) cannot be read as a tar"
+    ):
         sharded(stage())
 
 

@@ -29,17 +29,19 @@ def read_file(root: Path, name: str, key: str, where: str, missing: str = "missi
     except (OSError, ValueError) as error:
         # ValueError: a null character in the name.
         return Reject(key, missing, f"{where}: '{name}' cannot be opened under {root} ({error})")
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             return Reject(key, "unsafe_path", f"{where}: '{name}' is no plain file; only those are read")
         if found.st_size > MAX_IMAGE_BYTES:
             detail = f"{where}: '{name}' has {found.st_size} bytes; at most {MAX_IMAGE_BYTES} are read"
             return Reject(key, "oversized_file", detail)
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            return Reject(key, missing, f"{where}: '{name}' cannot be read ({error})")
+    except OSError as error:
+        return Reject(key, missing, f"{where}: '{name}' cannot be read ({error})")
+    finally:
+        os.close(descriptor)
 
 
 def writable(name: str) -> bool:
