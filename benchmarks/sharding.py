@@ -5,7 +5,7 @@
 - The images are JPEGs of four sizes, 256 pixels on the short side (208 for two of them), in tars as img2dataset writes them. 512 of them
   are different to look at; a comment in each file makes its bytes its own, so that none is a duplicate.
 - The stage is the real one, on a private Ray: read, decode, cut to three buckets of about 64 x 64 pixels, encode, write, hash. Its VAE is as
-  small as a VAE of FLUX's shape can be (four levels, two channels), so that it is not what is measured; it takes time all the same, and the
+  small as a VAE of FLUX's shape can be (four levels of one channel), so that it is not what is measured; it takes time all the same, and the
   loop is timed with the same VAE, too.
 - The plain loop is one process: tarfile, Pillow's decode and fit, the pixels into a tar. It checks, hashes and filters nothing, and decodes
   every JPEG whole, where the stage has libjpeg leave out what resizing would.
@@ -108,7 +108,7 @@ def make_vae(folder: Path) -> None:
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[2] * 4,
+        block_out_channels=[1] * 4,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=1,
@@ -237,8 +237,9 @@ def staged(folder: Path, tars: Path, cores: int) -> dict[str, Any]:
     preset = yaml.safe_load(Path("params/data/webdataset.yaml").read_text())
     preset.update(path=str(tars), buckets=[list(bucket) for bucket in BUCKETS])
     preset["filters"].update(min_side=128, caption_min_chars=3)
-    preset["shard"].update(batch_size=BATCH)
+    preset["shard"].update(batch_size=BATCH, validation_samples=64, calibration_samples=64)
     values["data"] = preset
+    values["kd"]["validation_samples"] = 64
     values["compute"].update(num_workers=cores, cpus_per_worker=1, stages={})
     identity = Identity("shard", {str(SOURCE): "benchmark"}, {})
     resume = ResumeFolder(folder / ".resume", identity)

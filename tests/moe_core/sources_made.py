@@ -62,7 +62,14 @@ def lines(path: Path, rows: Iterable[Any]) -> Path:
 
 
 def config(kind: str, path: Path | None, fields: dict[str, Any] | None = None, **more: Any) -> DataConfig:
-    values = {"name": "x", "kind": kind, "path": path and str(path), "fields": fields or {}, "filters": {}, "shard": SHARD}
+    values = {
+        "name": "x",
+        "kind": kind,
+        "path": path and str(path),
+        "fields": fields or {},
+        "filters": {},
+        "shard": SHARD,
+    }
     return parse(DataConfig, {**values, **more})
 
 

@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 import yaml
 from PIL import Image
 
+from moe_core import text_encoding
 from moe_core.config import Params, parse
 from moe_core.data import embedded
 from moe_core.data.latents import LatentDataset
-from moe_core.errors import DataError
+from moe_core.errors import ConfigError, DataError
 from tasks import pictures, shard, source, tracking
+from tasks.batches import make_batch
 from tasks.fingerprint import Identity
 from tasks.places import SHARDS, SOURCE, TEACHER
 from tasks.progress import Progress
@@ -176,6 +179,77 @@ def test_a_tar_that_is_gone_is_named(tars: Path, stage: Callable[..., Stage]) ->
     (tars / LISTING).write_text(json.dumps(gone) + "\n")
     with pytest.raises(DataError, match=r"gone.tar, which .* names, does not exist"):
         shard.shard(stage())
+
+
+def _photos(count: int) -> list[tuple[str, bytes]]:
+    """Members of a tar: pictures of three aspect ratios, every tenth the same as the one before."""
+    members = []
+    for number in range(count):
+        shade = number - (number % 10 == 9)
+        size = ((24, 24), (40, 20), (20, 40))[shade % 3]
+        file = io.BytesIO()
+        Image.new("RGB", size, (shade, 255 - shade, 7)).save(file, "PNG")
+        members += [(f"{number:04d}.png", file.getvalue()), (f"{number:04d}.txt", f"photo {number}".encode())]
+    return members
+
+
+@pytest.fixture
+def own(project: Path) -> dict[str, Any]:
+    """Section `data` of three tars of one's own; the last has the first's pictures once more."""
+    folder = project / "own"
+    folder.mkdir()
+    members = _photos(120)
+    for name, part in (("a", members[:120]), ("b", members[120:]), ("c", members[:40])):
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            for member, content in part:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return {
+        "kind": "webdataset",
+        "path": str(folder),
+        "embedded": None,
+        "filters": {"drop_duplicates": True},
+        "buckets": [[16, 16], [24, 12], [12, 24]],
+    }
+
+
+@pytest.mark.slow
+def test_buckets_and_duplicates_come_out_the_same_from_one_and_two_workers(
+    own: dict[str, Any], stage: Callable[..., Stage]
+) -> None:
+    source.source(stage(data=own))
+    folder = sharded(stage(1, own, text_embeddings="stored"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    # 120 pictures, every tenth twice, and 20 once more in the third tar.
+    assert {reason: entry["count"] for reason, entry in manifest["rejects"].items()} == {"duplicate_image": 12 + 20}
+    assert manifest["rejects"]["duplicate_image"]["examples"][0]["key"] == "a/0009"
+    assert sum(split["samples"] for split in manifest["splits"].values()) == 108
+    train = LatentDataset(folder, "train", verify=True)
+    assert [shard.bucket for shard in train.shards] == [(16, 16), (24, 12), (12, 24)]
+    latents, captions = train.get(range(3))
+    assert latents.shape[2:] == (8, 8)
+    assert train.get([len(train) - 1])[0].shape[2:] == (12, 6)
+    text = train.text(range(3))
+    assert text is not None
+    pipeline = tiny_pipeline()
+    fresh, pooled, _ = text_encoding.encode_prompts(pipeline, captions, 8)
+    # Encoded and stored in bf16.
+    torch.testing.assert_close(text[0], fresh, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(text[1], pooled, atol=0.05, rtol=0.05)
+    params = stage(data=own).params
+    batch = make_batch(pipeline, train, range(3), 1, range(3), params)
+    assert torch.equal(batch.prompt_embeds, text[0])
+    one = hashes(folder)
+    assert hashes(sharded(stage(2, own, text_embeddings="stored"))) == one
+
+
+def test_a_bucket_that_the_vae_cannot_cut_is_refused_before_any_work(
+    own: dict[str, Any], stage: Callable[..., Stage]
+) -> None:
+    source.source(stage(data=own))
+    with pytest.raises(ConfigError, match=r"data.buckets has \[18, 16\] .* multiples of 4"):
+        shard.shard(stage(data={**own, "buckets": [[16, 16], [18, 16]]}))
 
 
 def test_an_error_of_ours_is_found_in_what_ray_wraps_around_it() -> None:

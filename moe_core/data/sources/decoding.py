@@ -78,7 +78,9 @@ def _decode(sample: Sample, buckets: Sequence[tuple[int, int]], filters: Filters
     bucket = buckets[number]
     needed = bucket[::-1] if turned else bucket
     image.draft(None, (needed[0] * _SPARE, needed[1] * _SPARE))
-    picture = ImageOps.exif_transpose(image).convert("RGB")
+    ImageOps.exif_transpose(image, in_place=True)
+    # Both would copy a picture that they do not change.
+    picture: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
     if picture.size != bucket:
         picture = ImageOps.fit(picture, bucket, Image.Resampling.BICUBIC)
     return Picture(number, np.asarray(picture))

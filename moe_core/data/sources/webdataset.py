@@ -13,7 +13,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from moe_core.config import FieldsConfig, FiltersConfig
 from moe_core.data.sources import records
@@ -110,31 +110,32 @@ def _members(tar: Path, name: str) -> Iterator[_Member | Reject]:
                 break
             # It keeps every header that it has read: hundreds of MB of a large tar.
             archive.members.clear()  # type: ignore[attr-defined]
-            path = PurePosixPath(member.name)
             if member.isdir():
                 continue
+            parts = [part for part in member.name.split("/") if part not in ("", ".")]
+            last = parts.pop() if parts else ""
             if not writable(member.name):
                 detail = f"{tar}: member {ascii(member.name)} has a name that is not UTF-8"
-                yield Reject(f"{name}/{ascii(path.name)}", "unsafe_name", detail)
+                yield Reject(f"{name}/{ascii(last)}", "unsafe_name", detail)
             elif not member.isreg():
                 yield Reject(
-                    f"{name}/{path.name}",
+                    f"{name}/{last}",
                     "unsafe_name",
                     f"{tar}: member '{member.name}' is a link or device; only plain files are read",
                 )
-            elif path.is_absolute() or ".." in path.parts or "\\" in member.name:
+            elif member.name.startswith("/") or ".." in (*parts, last) or "\\" in member.name:
                 yield Reject(
-                    f"{name}/{path.name}",
+                    f"{name}/{last}",
                     "unsafe_name",
                     f"{tar}: member '{member.name}' points outside; names must be relative, without '..'",
                 )
             elif content is None:
                 detail = f"{tar}: member '{member.name}' has {member.size} bytes; at most {MAX_IMAGE_BYTES} are read"
-                yield Reject(f"{name}/{path.name}", "oversized_member", detail)
+                yield Reject(f"{name}/{last}", "oversized_member", detail)
             else:
                 # WebDataset's rule: the key ends at the first dot of the file name.
-                stem, _, suffix = path.name.partition(".")
-                yield _Member(f"{name}/{path.parent / stem}", suffix.lower(), content)
+                stem, _, suffix = last.partition(".")
+                yield _Member("/".join((name, *parts, stem)), suffix.lower(), content)
         if not _ends_whole(tar, archive.offset):
             yield _truncated(tar, name, f"no end mark after byte {archive.offset}")
 
@@ -145,8 +146,14 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
         return b""
     if member.size > MAX_IMAGE_BYTES:
         return None
-    reader = archive.extractfile(member)
-    content = b"" if reader is None else reader.read()
+    if member.issparse():
+        reader = archive.extractfile(member)
+        content = b"" if reader is None else reader.read()
+    else:
+        # As `extractfile` would, without three objects around each member.
+        assert archive.fileobj is not None
+        archive.fileobj.seek(member.offset_data)
+        content = archive.fileobj.read(member.size)
     if len(content) != member.size:
         raise tarfile.ReadError(f"'{member.name}' has {len(content)} of {member.size} bytes")
     return content
