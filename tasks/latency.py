@@ -18,7 +18,7 @@ from moe_core.config import Params
 from tasks import outs
 from tasks.models import transformers
 from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
-from tasks.source_files import read_prompts
+from tasks.prompts import read_prompts
 from tasks.stage import Stage, execute
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from moe_core.config import FiltersConfig
 from moe_core.data import shard_files, splits
 from moe_core.data.sources.reading import Kept, keep
 from moe_core.data.sources.samples import RejectCount
@@ -31,7 +32,7 @@ class Reader:
 
     source: Source
     buckets: tuple[tuple[int, int], ...]
-    filters: Any
+    filters: FiltersConfig
     size: int
     seed: int
 

@@ -1,11 +1,10 @@
-"""What stage `source` leaves, read back."""
+"""The listing that stage `source` leaves, read back."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moe_core.config import DataConfig
 from moe_core.data.sources import open_source
@@ -15,14 +14,6 @@ from tasks.places import SOURCE
 
 LISTING = "listing.jsonl"
 """A unit a line; paths are absolute, or relative to the listing for what the stage itself wrote."""
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The GenEval records of `data/prompts.jsonl`; raises DataError where there are none."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not records:
-        raise DataError(f"{path} is empty; it must have a prompt a line")
-    return records
 
 
 def source_of(root: Path, data: DataConfig) -> Source:
