@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from moe_core.config import TimestepConfig
 
-_SIGMA, _NOISE, _ORDER = range(3)
+_SIGMA, _NOISE, _ORDER, _BUCKET = range(4)
 """What a stream is for: the top word of Philox's counter, so that the purposes of one (seed, position) never
 overlap."""
+_BLOCK = 4096
+"""Global batches whose buckets are drawn from one stream."""
 
 
 def derive_seed(seed: int, purpose: str) -> int:
@@ -64,16 +66,63 @@ def sample_index(seed: int, positions: Sequence[int], n: int) -> list[int]:
     """
     if n < 1:
         raise ValueError(f"n is {n}; there must be at least one sample to draw from")
-    return [int(_permutation(seed, position // n, n)[position % n]) for position in positions]
+    permutation = _permutations(seed, n)
+    return [int(permutation(position // n)[position % n]) for position in positions]
+
+
+def bucket_rows(seed: int, positions: Sequence[int], sizes: Sequence[int], group: int) -> list[int]:
+    """Which sample of a data set in buckets of `sizes` samples, numbered through, stands at each position.
+
+    The positions that make one global batch (`group` of them, from a multiple of `group`) get samples of one bucket, drawn with
+    probability proportional to its size; which batch it is decides, not which worker. Within a bucket every epoch is a permutation.
+    With one bucket this is `sample_index`. Raises ValueError for positions of more than one global batch.
+    """
+    if len(batches := {position // group for position in positions}) != 1:
+        raise ValueError(
+            f"positions {list(positions)} are of {len(batches)} global batches of {group}; they must be of one"
+        )
+    batch = batches.pop()
+    bucket, earlier = _bucket_of(seed, tuple(sizes), batch)
+    # As if the bucket's batches stood one after the other.
+    own = [position + (earlier - batch) * group for position in positions]
+    start = sum(sizes[:bucket])
+    return [start + row for row in sample_index(seed, own, sizes[bucket])]
+
+
+def _bucket_of(seed: int, sizes: tuple[int, ...], batch: int) -> tuple[int, int]:
+    """The bucket of a global batch, and how many earlier batches were of the same."""
+    block, place = divmod(batch, _BLOCK)
+    drawn = _buckets(seed, sizes, block)
+    bucket = int(drawn[place])
+    earlier = sum(int(_bucket_counts(seed, sizes, before)[bucket]) for before in range(block))
+    return bucket, earlier + int((drawn[:place] == bucket).sum())
+
+
+@lru_cache(maxsize=2)
+def _buckets(seed: int, sizes: tuple[int, ...], block: int) -> np.ndarray:
+    ends = np.cumsum(sizes)
+    drawn = _stream(seed, block, _BUCKET).integers(ends[-1], size=_BLOCK)
+    return np.searchsorted(ends, drawn, side="right")
+
+
+@lru_cache(maxsize=4096)
+def _bucket_counts(seed: int, sizes: tuple[int, ...], block: int) -> np.ndarray:
+    return np.bincount(_buckets(seed, sizes, block), minlength=len(sizes))
 
 
 def _stream(seed: int, position: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, purpose]))
 
 
-@lru_cache(maxsize=2)  # a batch touches at most two epochs, unless it is larger than the data set
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return _stream(seed, epoch, _ORDER).permutation(n)
+@lru_cache(maxsize=256)  # one a bucket
+def _permutations(seed: int, n: int) -> Callable[[int], np.ndarray]:
+    """Epoch -> permutation of n."""
+
+    @lru_cache(maxsize=2)  # a batch touches at most two epochs, unless it is larger than the data set
+    def permutation(epoch: int) -> np.ndarray:
+        return _stream(seed, epoch, _ORDER).permutation(n)
+
+    return permutation
 
 
 def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:

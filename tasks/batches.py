@@ -20,10 +20,10 @@ def make_batch(
     positions: Sequence[int],
     params: Params,
 ) -> KDBatch:
-    """Rows of a split with the noise of these positions, on the pipeline's device."""
+    """Rows of a split, all of one bucket, with the noise of these positions, on the pipeline's device."""
     latents, captions = data.get(rows)
     drawn, sigma = noise.draw(seed, positions, tuple(latents.shape[1:]), params.kd.timesteps)
     model = params.model
     return sampling.prepare_batch(
-        pipeline, latents, captions, drawn, sigma, model.guidance_scale, model.max_sequence_length
+        pipeline, latents, captions, drawn, sigma, model.guidance_scale, model.max_sequence_length, data.text(rows)
     )

@@ -23,7 +23,7 @@ from moe_core.metrics.classifier import DigitClassifier
 from tasks import generation, outs
 from tasks.generation import Made, Unit
 from tasks.places import DENSE, EVALUATIONS, EVALUATOR, IMAGES, PROMPTS
-from tasks.source_files import read_prompts
+from tasks.prompts import read_prompts
 from tasks.stage import Stage, execute
 
 INTERVAL = "95 %, Agresti-Coull within each kind"

@@ -34,8 +34,12 @@ class Identity:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def data(self) -> dict[str, str]:
-        """The dependencies that are data, not code."""
-        return {path: md5 for path, md5 in self.deps.items() if not path.endswith(".py")}
+        """The dependencies that are data, not code: a module, or a package."""
+        return {
+            path: md5
+            for path, md5 in self.deps.items()
+            if not path.endswith(".py") and not path.startswith(("moe_core/", "tasks/"))
+        }
 
     def difference(self, other: Identity) -> list[str]:
         """One line for each dependency or parameter in which two identities differ."""

@@ -55,11 +55,10 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
     pipeline = sampling.load_pipeline(root / TEACHER, None, device, sampling.DTYPES[precision], without=("vae",))
     data = LatentDataset(root / SHARDS, "calibration")
     seed, size = noise.derive_seed(config.seed, "importance"), config.kd.importance_batch_size
-    for number, first in enumerate(range(0, len(data), size)):
+    for number, positions in enumerate(data.cuts(size)):
         target = units / f"{number:06d}"
         if number % worker.size != worker.rank or target.exists():
             continue
-        positions = range(first, min(first + size, len(data)))
         accumulator = ImportanceAccumulator(pipeline.transformer)
         batch = make_batch(pipeline, data, positions, seed, positions, config)
         with sampling.autocast(device, precision):

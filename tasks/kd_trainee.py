@@ -101,7 +101,7 @@ class KDTrainee:
 
     def batch(self, positions: Sequence[int]) -> KDBatch:
         """Samples, noise and noise levels at these positions."""
-        rows = noise.sample_index(self.seed, positions, len(self.train))
+        rows = self.train.draw(self.seed, positions, self.optimizer.batch_size)
         return make_batch(self.pipeline, self.train, rows, self.seed, positions, self.params)
 
     def validate(self) -> dict[str, float]:

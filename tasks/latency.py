@@ -17,7 +17,7 @@ from moe_core import sampling
 from moe_core.config import Params
 from tasks import outs
 from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
-from tasks.source_files import read_prompts
+from tasks.prompts import read_prompts
 from tasks.stage import Stage, execute
 
 

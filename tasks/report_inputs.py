@@ -112,7 +112,7 @@ class Rejects(Record):
     """Samples dropped for one reason."""
 
     count: int
-    examples: list[str]
+    examples: list[dict[str, str]]
 
 
 class SplitManifest(Record):

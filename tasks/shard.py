@@ -1,207 +1,221 @@
 """Stage `shard`: image-text pairs in, latents in deterministic shards out, on Ray Data.
 
-- One pass over the tars: read, decode and resize in tasks; encode with the teacher's VAE in actors; the latents go to part files, the rest
-  of a sample to the driver, which deals the splits. A second pass over the parts writes the shards.
-- A chunk is cut within one tar and encoded as one batch of a fixed size, so that latents do not depend on how many workers there are.
-- What is broken is dropped and counted by reason; too much of it is an error.
+- First pass: units of the source are read, decoded, cut to buckets and encoded with the teacher's VAE into parts. Second pass: splits
+  are dealt, duplicates dropped, and the shards written from the parts.
+- The same shards byte for byte, whatever the number of workers and restarts: finished units and shards lie in the resume folder, and
+  are not made again.
+- What is broken is dropped and counted by reason; too much of it is an error. What is filtered is counted, too.
+- The driver holds 48 bytes a sample, and for moments as many again: 10 GB for 100 million samples.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.data
-import torch
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
 
-from moe_core.data import latents, splits, webdataset
-from moe_core.errors import DataError
+from moe_core.config import LATENT_PATCH
+from moe_core.data import duplicates, shard_files, splits
+from moe_core.data.latents import Shard
+from moe_core.data.sources.reading import doubled
+from moe_core.data.sources.samples import MAX_EXAMPLES, RejectCount, check_rejects
+from moe_core.data.sources.units import Unit
+from moe_core.errors import ConfigError
 from tasks import outs
 from tasks.places import SHARDS, SOURCE, TEACHER
-from tasks.source_files import tars_of
+from tasks.shard_parts import ENTRY, Parts
+from tasks.shard_workers import Encoder, Reader, Writer
+from tasks.source_files import source_of, units_of
 from tasks.stage import Stage, execute
 
 SHARE_OF_CPU = 0.5
 """What a reader and an encoder each claim of Ray: both must fit where there is one CPU."""
+BLOCK_BYTES = 16 * 2**20
+"""Of chunks that go from a reader to an encoder at once; Ray's own default, 128 MB, keeps encoders waiting."""
 
 
 def shard(stage: Stage) -> None:
     """Writes data/shards/: shards, their indices, and the manifest."""
-    params, config = stage.params, stage.params.data.shard
-    tars = tars_of(stage.root)
-    parts = stage.root / SHARDS.parent / ".shards.parts"
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir(parents=True)
-    try:
-        with stage.ray(), outs.folder(stage.root / SHARDS) as folder:
-            chunks = _encode(stage, tars, parts)
-            rejects = [webdataset.Reject(**reject) for chunk in chunks for reject in chunk["rejects"]]
-            places = [(chunk["part"], row, key) for chunk in chunks for row, key in enumerate(chunk["keys"])]
-            webdataset.check_rejects(len(places), rejects, len(tars), config.max_reject_share)
-            names = splits.assign(
-                [key for _, _, key in places], config.validation_samples, config.calibration_samples, params.seed
-            )
-            chosen = {
-                name: [place[:2] for place, own in zip(places, names, strict=True) if own == name]
-                for name in splits.SPLITS
-            }
-            shards = _write(chosen, parts, folder, config.samples_per_shard)
-            # The hash that DVC has of the source: the shards' origin.
-            manifest = latents.write_manifest(folder, shards, rejects, {"md5": stage.identity.deps[str(SOURCE)]})
-    finally:
-        shutil.rmtree(parts)
+    assert stage.resume is not None
+    config = stage.params.data.shard
+    check_buckets(stage)
+    units = units_of(stage.root)
+    parts = Parts(stage.resume.path / "parts")
+    written = stage.resume.path / "shards"
+    with stage.ray():
+        _ray_settings()
+        _encode(stage, units, parts)
+        rejects = parts.rejects(len(units))
+        kept = _without_doubles(parts, len(units), rejects, stage.params.data.filters.drop_duplicates)
+        check_rejects(len(kept), rejects, len(units), config.max_reject_share)
+        shards = _write(stage, kept, parts, written)
+    with outs.folder(stage.root / SHARDS) as folder:
+        for listed in shards.values():
+            for made in listed:
+                for name in (made.file, Path(made.file).with_suffix(".jsonl").name):
+                    _link(written / name, folder / name)
+        # The hash that DVC has of the source: the shards' origin.
+        origin = {"md5": stage.identity.deps[str(SOURCE)]}
+        manifest = shard_files.write_manifest(folder, shards, rejects, origin)
     counts = {f"{name}_samples": split["samples"] for name, split in manifest["splits"].items()}
     dropped = {f"rejected_{reason}": found["count"] for reason, found in manifest["rejects"].items()}
-    stage.summary({**counts, "rejected": len(rejects), **dropped})
+    stage.summary({**counts, "rejected": sum(rejects.counts.values()), **dropped})
 
 
-def _encode(stage: Stage, tars: list[Path], parts: Path) -> list[dict[str, Any]]:
-    """The first pass; returns the chunks in order, each with its samples' records and its rejects."""
-    config, compute = stage.params.data.shard, stage.params.compute
+def check_buckets(stage: Stage) -> None:
+    """Raises ConfigError for a bucket whose latents FLUX could not cut into patches."""
+    config = json.loads((stage.root / TEACHER / "vae" / "config.json").read_text())
+    unit = LATENT_PATCH * 2 ** (len(config["block_out_channels"]) - 1)
+    for bucket in stage.params.data.buckets_or(stage.params.model.resolution):
+        if any(side % unit for side in bucket):
+            raise ConfigError(
+                f"data.buckets has {list(bucket)} (null: model.resolution); with this teacher's VAE both sides must be"
+                f" multiples of {unit}"
+            )
+
+
+def _ray_settings() -> None:
     # It tells of every plan that it runs; the stage has its own progress.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    read = partial(
-        _read_tar,
-        size=config.batch_size,
-        max_caption_chars=config.max_caption_chars,
-        resolution=stage.params.model.resolution,
-    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+
+
+@dataclass
+class _Open:
+    """A unit of which chunks have come back, but not all."""
+
+    entries: dict[int, NDArray[Any]] = field(default_factory=dict)
+    order: dict[int, NDArray[Any]] = field(default_factory=dict)
+    chunks: int | None = None
+    rejects: dict[str, Any] = field(default_factory=dict)
+
+
+def _encode(stage: Stage, units: list[Unit], parts: Parts) -> None:
+    """The first pass, over the units that are not finished."""
+    params, compute = stage.params, stage.params.compute
+    config = params.data.shard
+    todo = [number for number in range(len(units)) if not parts.finished(number)]
+    for number in todo:
+        parts.begin(number)
+    if not todo:
+        return
+    buckets = params.data.buckets_or(params.model.resolution)
+    source = source_of(stage.root, params.data)
+    rows = [{"number": number, "unit": json.dumps(units[number].as_dict())} for number in todo]
+    tokens = params.model.max_sequence_length if config.text_embeddings == "stored" else None
     found = (
-        ray.data.from_items(
-            [{"tar": str(tar), "number": i} for i, tar in enumerate(tars)], override_num_blocks=len(tars)
-        )
-        .flat_map(read, num_cpus=SHARE_OF_CPU)
-        .map(
-            _Encoder,
-            fn_constructor_args=(str(stage.root / TEACHER), str(parts), config.batch_size, compute.cpus_per_worker),
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .flat_map(Reader(source, buckets, params.data.filters, config.batch_size, params.seed), num_cpus=SHARE_OF_CPU)
+        .map_batches(
+            Encoder,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            fn_constructor_args=(
+                str(stage.root / TEACHER),
+                str(parts.folder),
+                buckets,
+                config.batch_size,
+                compute.cpus_per_worker,
+                tokens,
+            ),
             compute=ray.data.ActorPoolStrategy(size=max(compute.num_workers, 1)),
             num_cpus=SHARE_OF_CPU,
             num_gpus=int(compute.use_gpu),
         )
     )
-    chunks = []
+    waiting: defaultdict[int, _Open] = defaultdict(_Open)
+    done = len(units) - len(todo)
     for row in found.iter_rows():
-        if row["error"]:
-            raise DataError(row["error"])
-        chunks.append({**row, "keys": json.loads(row["keys"]), "rejects": json.loads(row["rejects"])})
-        stage.progress.update("encode", len(chunks), len(chunks))
-    return sorted(chunks, key=lambda chunk: (chunk["number"], chunk["chunk"]))
+        number = int(row["unit"])
+        unit = waiting[number]
+        if row["chunks"] >= 0:
+            unit.chunks, unit.rejects = int(row["chunks"]), json.loads(row["rejects"])
+        else:
+            unit.entries[int(row["chunk"])] = np.frombuffer(row["entries"], ENTRY)
+            unit.order[int(row["chunk"])] = np.frombuffer(row["order"], np.int32)
+        if unit.chunks == len(unit.entries):
+            _finish(parts, number, waiting.pop(number))
+            done += 1
+            stage.progress.update("encode", done, len(units))
 
 
-def _read_tar(row: dict[str, Any], size: int, max_caption_chars: int, resolution: int) -> Iterator[dict[str, Any]]:
-    """In a task: the samples of a tar in chunks of `size`, decoded; rejects go with the chunk in which they were met.
+def _finish(parts: Parts, number: int, unit: _Open) -> None:
+    """Puts a unit's entries into the source's order, over its buckets."""
+    chunks = sorted(unit.entries)
+    entries = np.concatenate([np.empty(0, ENTRY), *(unit.entries[chunk] for chunk in chunks)])
+    order = np.concatenate([np.empty(0, np.int32), *(unit.order[chunk] for chunk in chunks)])
+    parts.finish(number, [entries[np.argsort(order)]], unit.rejects)
 
-    An error of ours goes with the last chunk: raised here, Ray would tell of it in a hundred lines.
-    """
-    chunk = 0
-    pictures: list[np.ndarray] = []
-    records: list[dict[str, Any]] = []
-    rejects: list[dict[str, str]] = []
-    error = ""
 
-    def cut() -> dict[str, Any]:
-        nonlocal chunk
-        made = {
-            "number": row["number"],
-            "chunk": chunk,
-            "pictures": b"".join(picture.tobytes() for picture in pictures),
-            "resolution": resolution,
-            "records": json.dumps(records),
-            "rejects": json.dumps(rejects),
-            "error": error,
-        }
-        chunk += 1
-        for filled in (pictures, records, rejects):
-            filled.clear()
-        return made
+def _without_doubles(parts: Parts, units: int, rejects: RejectCount, drop: bool) -> NDArray[Any]:
+    """The entries of what is kept, in the source's order: of samples of one key the first, and of equal images if they are dropped."""
+    index = _first(parts, parts.index(units), "key", "duplicate_key", rejects)
+    return _first(parts, index, "image", "duplicate_image", rejects) if drop else index
 
+
+def _first(parts: Parts, index: NDArray[Any], column: str, reason: str, rejects: RejectCount) -> NDArray[Any]:
+    """The entries whose hash in `column` is the first of its kind; the others are counted."""
+    first = duplicates.first_of_each(index[column])
+    if len(again := np.flatnonzero(~first)):
+        examples = [doubled(parts.key(index[row]), reason) for row in again[:MAX_EXAMPLES]]
+        rejects.add_many(reason, len(again), [{"key": e.key, "detail": e.detail} for e in examples])
+        return index[first]
+    return index
+
+
+def _write(stage: Stage, kept: NDArray[Any], parts: Parts, folder: Path) -> dict[str, list[Shard]]:
+    """The second pass: cuts each split, bucket by bucket and in the order of the source, into shards; returns them by split."""
+    params, config = stage.params, stage.params.data.shard
+    buckets = params.data.buckets_or(params.model.resolution)
+    dealt = splits.assign(kept["key"], config.validation_samples, config.calibration_samples)
+    folder.mkdir(exist_ok=True)
+    listed, partial = folder / "places.npy", folder / ".places.partial.npy"
+    # On disk, not beside `kept`: writers read their part of it.
+    places = np.lib.format.open_memmap(partial, "w+", ENTRY, (len(kept),))
+    plan: list[dict[str, Any]] = []
+    first = 0
+    for code, split in enumerate(splits.SPLITS):
+        number = 0
+        for bucket in range(len(buckets)):
+            chosen = kept[(dealt == code) & (kept["bucket"] == bucket)]
+            places[first : first + len(chosen)] = chosen
+            for start in range(0, len(chosen), config.samples_per_shard):
+                end = min(start + config.samples_per_shard, len(chosen))
+                plan.append({"split": split, "number": number, "first": first + start, "end": first + end})
+                number += 1
+            first += len(chosen)
+    places.flush()
+    partial.replace(listed)
+    writer = Writer(parts.folder, listed, folder, buckets)
+    made = ray.data.from_items(plan, override_num_blocks=len(plan)).map(writer, num_cpus=SHARE_OF_CPU)
+    for done, _ in enumerate(made.iter_rows(), 1):
+        stage.progress.update("write", done, len(plan))
+    shards: dict[str, list[Shard]] = {split: [] for split in splits.SPLITS}
+    for row in plan:
+        line = json.loads((folder / f"{row['split']}-{row['number']:05d}.json").read_text())
+        shards[row["split"]].append(Shard(**{**line, "bucket": tuple(line["bucket"])}))
+    return shards
+
+
+def _link(made: Path, target: Path) -> None:
+    """Another name for a file that will not be written again; a copy where the resume folder is on another file system."""
     try:
-        for sample in webdataset.read_samples(Path(row["tar"]), max_caption_chars, check_images=False):
-            found = webdataset.decode_or_reject(sample, resolution) if isinstance(sample, webdataset.Sample) else sample
-            if isinstance(found, webdataset.Reject):
-                rejects.append({"key": found.key, "reason": found.reason, "detail": found.detail})
-            elif isinstance(sample, webdataset.Sample):
-                pictures.append(found)
-                records.append({"key": sample.key, "caption": sample.caption, "meta": sample.meta})
-            if len(pictures) == size:
-                yield cut()
-    except DataError as told:
-        error = str(told)
-    if pictures or rejects or error:
-        yield cut()
-
-
-class _Encoder:
-    """In an actor: the teacher's VAE."""
-
-    def __init__(self, teacher: str, parts: str, size: int, threads: int) -> None:
-        # diffusers loads in the actors, not in the driver, where it would cost seconds for nothing.
-        from diffusers import AutoencoderKL
-
-        from moe_core import teacher_training
-
-        torch.set_num_threads(threads)
-        self.encode = teacher_training.encode
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae").to(device).eval()
-        self.parts, self.size = Path(parts), size
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encodes a chunk into a part; a short chunk is filled up, so that the VAE always sees the same shape."""
-        side, records = row["resolution"], json.loads(row["records"])
-        name = f"{row['number']:06d}-{row['chunk']:06d}"
-        if records:
-            pictures = torch.frombuffer(bytearray(row["pictures"]), dtype=torch.uint8).view(len(records), side, side, 3)
-            filled = torch.cat([pictures, pictures.new_zeros(self.size - len(records), side, side, 3)])
-            encoded = self.encode(self.vae, filled)[: len(records)]
-            save_file({"latents": encoded.contiguous()}, self.parts / f"{name}.safetensors")
-            (self.parts / f"{name}.json").write_text(row["records"])
-        keys = json.dumps([record["key"] for record in records])
-        return {"number": row["number"], "chunk": row["chunk"], "part": name, "keys": keys} | {
-            key: row[key] for key in ("rejects", "error")
-        }
-
-
-def _write(
-    chosen: dict[str, list[tuple[str, int]]], parts: Path, folder: Path, size: int
-) -> dict[str, Sequence[latents.Shard]]:
-    """The second pass: cuts each split, in the order of the source, into shards; returns them by split."""
-    plan = [
-        {"split": split, "number": number, "rows": json.dumps(rows[first : first + size])}
-        for split, rows in chosen.items()
-        for number, first in enumerate(range(0, len(rows), size))
-    ]
-    write = partial(_write_shard, parts=parts, folder=folder)
-    found = ray.data.from_items(plan, override_num_blocks=len(plan)).map(write, num_cpus=SHARE_OF_CPU).take_all()
-    written = {(row["split"], row["number"]): latents.Shard(**json.loads(row["shard"])) for row in found}
-    return {split: [written[key] for key in sorted(written) if key[0] == split] for split in chosen}
-
-
-def _write_shard(row: dict[str, Any], parts: Path, folder: Path) -> dict[str, Any]:
-    """In a task: one shard, from the parts that have its rows."""
-    opened: dict[str, tuple[torch.Tensor, list[dict[str, Any]]]] = {}
-    rows = []
-    for part, index in json.loads(row["rows"]):
-        if part not in opened:
-            opened[part] = (
-                load_file(parts / f"{part}.safetensors")["latents"],
-                json.loads((parts / f"{part}.json").read_text()),
-            )
-        encoded, records = opened[part]
-        record = records[index]
-        rows.append(latents.LatentRow(record["key"], encoded[index], record["caption"], record["meta"]))
-    shard = latents.write_shard(folder, row["split"], row["number"], rows)
-    return {"split": row["split"], "number": row["number"], "shard": json.dumps(asdict(shard))}
+        os.link(made, target)
+    except OSError:
+        shutil.copyfile(made, target)
 
 
 if __name__ == "__main__":
-    execute("shard", shard)
+    execute("shard", shard, resumable=True)

@@ -24,14 +24,16 @@ from tasks.worker import Worker
 def validation_loss(
     pipeline: FluxPipeline, student: nn.Module, data: LatentDataset, params: Params, batch_size: int
 ) -> dict[str, float]:
-    """What `validate_kd` says of the first `kd.validation_samples` of the validation split; a function of the weights alone."""
+    """What `validate_kd` says of the first `kd.validation_samples` of the validation split, of each bucket its share.
+
+    A function of the weights alone.
+    """
     seed = noise.derive_seed(params.seed, "kd-validation")
-    count = min(params.kd.validation_samples, len(data))
     worker = Worker.here(pipeline.device) if is_sharded(student) else Worker(0, 1, pipeline.device)
 
     def batches() -> Iterator[tuple[KDBatch, int]]:
-        for start in range(0, count, batch_size):
-            rows, counted = worker.dealt(range(start, min(start + batch_size, count)))
+        for cut in data.cuts(batch_size, params.kd.validation_samples):
+            rows, counted = worker.dealt(cut)
             yield make_batch(pipeline, data, rows, seed, rows, params), counted
 
     sums = torch.tensor(kd_sums(student, pipeline.transformer, batches()), dtype=torch.float64, device=worker.device)

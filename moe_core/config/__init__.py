@@ -6,7 +6,15 @@
 """
 
 from moe_core.config.compute import ComputeConfig, ComputingStage, StageCompute
-from moe_core.config.data import KINDS, DataConfig, EmbeddedDataConfig, Kind, ShardConfig
+from moe_core.config.data import (
+    KINDS,
+    DataConfig,
+    EmbeddedDataConfig,
+    FieldsConfig,
+    FiltersConfig,
+    Kind,
+    ShardConfig,
+)
 from moe_core.config.evaluation import ClassifierConfig, EvalConfig, EvaluatedModel
 from moe_core.config.kd import KDConfig, KDStageConfig, Part
 from moe_core.config.model import (
@@ -33,6 +41,8 @@ __all__ = [
     "EmbeddedDataConfig",
     "EvalConfig",
     "EvaluatedModel",
+    "FieldsConfig",
+    "FiltersConfig",
     "KDConfig",
     "KDStageConfig",
     "Kind",

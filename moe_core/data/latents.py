@@ -1,11 +1,12 @@
-"""Shards of latents: what distillation reads.
+"""Shards of latents, read: what distillation trains on.
 
-- `{split}-{number:05d}.safetensors` holds `latents` [N, C, h, w], fp32, shifted and scaled as FluxPipeline expects;
-  `{split}-{number:05d}.jsonl` has a line a sample: `{key, caption, meta}`.
-- `manifest.json` names every shard with its rows and the sha256 of both files, counts the rejects by reason, and
+- `{split}-{number:05d}.safetensors` holds `latents` [N, C, h, w], fp32, shifted and scaled as FluxPipeline expects, and, where they
+  were asked for, `prompt_embeds` [N, T, D] and `pooled` [N, P], bf16; `{split}-{number:05d}.jsonl` has a line a sample:
+  `{key, caption, meta}`.
+- `manifest.json` names every shard with its bucket, its rows and the sha256 of both files, counts the rejects by reason, and
   carries the source's hash.
-- The same samples in the same order give the same bytes.
-- Rows are read one by one from the memory-mapped file: a split may be larger than memory.
+- All latents of a shard have one shape, that of its bucket; the shards of a bucket stand together. A batch is drawn from one bucket.
+- Rows and captions are read one by one: a split may be larger than memory. Of a shard that was read from, 8 bytes a row stay.
 """
 
 from __future__ import annotations
@@ -13,33 +14,25 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_core.data.webdataset import Reject
+from moe_core import noise
 from moe_core.errors import DataError
 
 MANIFEST = "manifest.json"
-MAX_EXAMPLES = 5
-"""Rejects of a reason that the manifest quotes."""
-
-
-@dataclass(frozen=True)
-class LatentRow:
-    """One sample of a shard; `latents` [C, h, w]."""
-
-    key: str
-    latents: Tensor
-    caption: str
-    meta: dict[str, Any]
+LATENTS = "latents"
+TEXT = ("prompt_embeds", "pooled")
+"""T5's features and CLIP's pooled vector, where they are stored."""
 
 
 @dataclass(frozen=True)
@@ -47,53 +40,19 @@ class Shard:
     """A shard's line in the manifest."""
 
     file: str
+    bucket: tuple[int, int]
+    """width and height of its pictures, pixels"""
     rows: int
     bytes: int
+    index_bytes: int
     sha256: str
     index_sha256: str
 
 
-def write_shard(folder: Path, split: str, number: int, rows: Sequence[LatentRow]) -> Shard:
-    """Writes one shard and its index into an existing folder.
-
-    Raises DataError for no rows or rows of different shapes.
-    """
-    shapes = sorted({tuple(row.latents.shape) for row in rows})
-    if len(shapes) != 1:
-        raise DataError(
-            f"shard {split}-{number:05d} has {len(rows)} rows of shapes {shapes}; it must have rows, all of one shape"
-        )
-    path = folder / f"{split}-{number:05d}.safetensors"
-    save_file({"latents": torch.stack([row.latents for row in rows]).float().contiguous()}, path)
-    index = path.with_suffix(".jsonl")
-    lines = (
-        json.dumps({"key": row.key, "caption": row.caption, "meta": row.meta}, sort_keys=True, ensure_ascii=False)
-        for row in rows
-    )
-    index.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return Shard(path.name, len(rows), path.stat().st_size, _sha256(path), _sha256(index))
-
-
-def write_manifest(
-    folder: Path, shards: dict[str, Sequence[Shard]], rejects: Iterable[Reject], source: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes and returns the manifest.
-
-    {"splits": {split: {"samples", "shards"}}, "rejects": {reason: {"count", "examples"}}, "source"}.
-    """
-    counted: dict[str, dict[str, Any]] = {}
-    for reject in sorted(rejects, key=lambda r: (r.reason, r.key)):
-        entry = counted.setdefault(reject.reason, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if len(entry["examples"]) < MAX_EXAMPLES:
-            entry["examples"].append(reject.detail)
-    splits = {
-        split: {"samples": sum(s.rows for s in listed), "shards": [asdict(s) for s in listed]}
-        for split, listed in shards.items()
-    }
-    manifest = {"splits": splits, "rejects": counted, "source": source}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return manifest
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -123,68 +82,117 @@ class LatentDataset:
             raise DataError(f"{folder / MANIFEST} has no split '{split}'; it has {', '.join(sorted(splits))}")
         self.folder = folder
         self.split = split
-        self.shards = [Shard(**shard) for shard in splits[split]["shards"]]
-        self.keys: list[str] = []
-        self.captions: list[str] = []
-        self.metas: list[dict[str, Any]] = []
+        self.shards = [Shard(**{**shard, "bucket": tuple(shard["bucket"])}) for shard in splits[split]["shards"]]
         for shard in self.shards:
             self._check(shard, verify)
-            lines = (folder / shard.file).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-            if len(lines) != shard.rows:
-                raise DataError(
-                    f"{(folder / shard.file).with_suffix('.jsonl')} has {len(lines)} lines;"
-                    f" the manifest says {shard.rows}"
-                )
-            for line in lines:
-                entry = json.loads(line)
-                self.keys.append(entry["key"])
-                self.captions.append(entry["caption"])
-                self.metas.append(entry["meta"])
-        if not self.keys:
-            raise DataError(f"split '{split}' of {folder} is empty; it must have at least one sample")
         self._ends = list(accumulate(shard.rows for shard in self.shards))
+        self.sizes = [
+            sum(shard.rows for shard in group) for _, group in groupby(self.shards, key=lambda shard: shard.bucket)
+        ]
+        """Rows of each bucket, in the order in which the rows are numbered."""
+        self._bucket_ends = list(accumulate(self.sizes))
         self._open: dict[int, Any] = {}
+        self._lines: dict[int, NDArray[np.int64]] = {}
+        if not len(self):
+            raise DataError(f"split '{split}' of {folder} is empty; it must have at least one sample")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._ends[-1] if self._ends else 0
+
+    def draw(self, seed: int, positions: Sequence[int], group: int) -> list[int]:
+        """The rows at these positions of a run, all of one bucket: see `noise.bucket_rows`."""
+        return noise.bucket_rows(seed, positions, self.sizes, group)
+
+    def cuts(self, size: int, count: int | None = None) -> list[range]:
+        """The leading rows of each bucket, `count` in all (None: every row), in batches of at most `size` rows of one bucket.
+
+        Of several buckets each gives its share of `count`, what is left over in rounding going to the first.
+        """
+        count = len(self) if count is None else min(count, len(self))
+        shares = [count * rows // len(self) for rows in self.sizes]
+        for bucket, rows in enumerate(self.sizes):
+            shares[bucket] += min(count - sum(shares), rows - shares[bucket])
+        starts = [end - rows for end, rows in zip(self._bucket_ends, self.sizes)]
+        return [
+            range(first, min(first + size, start + share))
+            for start, share in zip(starts, shares)
+            for first in range(start, start + share, size)
+        ]
 
     def get(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Latents [B, C, h, w] fp32 and captions of these rows. Raises IndexError outside 0 to len - 1."""
+        """Latents [B, C, h, w] fp32 and captions of these rows.
+
+        Raises IndexError outside 0 to len - 1, DataError for rows of several buckets.
+        """
+        return self._read(indices, LATENTS), [record["caption"] for record in self.records(indices)]
+
+    def text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """T5's features [B, T, D] and CLIP's vectors [B, P] of these rows, fp32; None where they are not stored."""
+        number, _ = self._place(indices[0])
+        if not set(TEXT) <= set(self._shard(number).keys()):
+            return None
+        features, pooled = (self._read(indices, name).float() for name in TEXT)
+        return features, pooled
+
+    def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """`{key, caption, meta}` of these rows."""
+        found = []
+        for index in indices:
+            number, row = self._place(index)
+            path = (self.folder / self.shards[number].file).with_suffix(".jsonl")
+            if number not in self._lines:
+                self._lines[number] = _line_starts(path, self.shards[number].rows)
+            starts = self._lines[number]
+            with path.open("rb") as file:
+                file.seek(starts[row])
+                found.append(json.loads(file.read(starts[row + 1] - starts[row])))
+        return found
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the shard and row in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index is {index}; split '{self.split}' has rows 0 to {len(self) - 1}")
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number] - self.shards[number].rows)
+
+    def _read(self, indices: Sequence[int], name: str) -> Tensor:
+        if len(buckets := {bisect_right(self._bucket_ends, index) for index in indices}) > 1:
+            raise DataError(f"rows {list(indices)} are of {len(buckets)} buckets; a batch must be of one")
         rows = []
         for index in indices:
-            if not 0 <= index < len(self):
-                raise IndexError(f"index is {index}; split '{self.split}' has rows 0 to {len(self) - 1}")
-            number = bisect_right(self._ends, index)
-            row = index - (self._ends[number] - self.shards[number].rows)
-            rows.append(self._latents(number)[row : row + 1])
-        return torch.cat(rows), [self.captions[index] for index in indices]
+            number, row = self._place(index)
+            rows.append(self._shard(number).get_slice(name)[row : row + 1])
+        return torch.cat(rows)
 
-    def _latents(self, number: int) -> Any:
-        """The lazily read `latents` of a shard, kept open."""
+    def _shard(self, number: int) -> Any:
+        """A shard, read lazily and kept open."""
         if number not in self._open:
             path = self.folder / self.shards[number].file
             try:
-                self._open[number] = safe_open(path, framework="pt").get_slice("latents")
+                opened = safe_open(path, framework="pt")
+                opened.get_slice(LATENTS)
             except SafetensorError as error:
                 raise DataError(
-                    f"{path} cannot be read ({error}); it must be a safetensors file with a tensor 'latents'"
+                    f"{path} cannot be read ({error}); it must be a safetensors file with a tensor '{LATENTS}'"
                 ) from None
+            self._open[number] = opened
         return self._open[number]
 
     def _check(self, shard: Shard, verify: bool) -> None:
         path = self.folder / shard.file
         index = path.with_suffix(".jsonl")
-        for needed in (path, index):
-            if not needed.is_file():
-                raise DataError(f"{needed} does not exist; {self.folder / MANIFEST} names it")
-        if path.stat().st_size != shard.bytes:
-            raise DataError(f"{path} has {path.stat().st_size} bytes; the manifest says {shard.bytes}")
-        if verify:
-            for file, told in ((path, shard.sha256), (index, shard.index_sha256)):
-                if (found := _sha256(file)) != told:
-                    raise DataError(f"{file} has sha256 {found}; the manifest says {told}")
+        for file, size, told in ((path, shard.bytes, shard.sha256), (index, shard.index_bytes, shard.index_sha256)):
+            if not file.is_file():
+                raise DataError(f"{file} does not exist; {self.folder / MANIFEST} names it")
+            if file.stat().st_size != size:
+                raise DataError(f"{file} has {file.stat().st_size} bytes; the manifest says {size}")
+            if verify and (found := sha256(file)) != told:
+                raise DataError(f"{file} has sha256 {found}; the manifest says {told}")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _line_starts(path: Path, rows: int) -> NDArray[np.int64]:
+    """Where each line begins, and where the last one ends."""
+    ends = np.flatnonzero(np.frombuffer(path.read_bytes(), np.uint8) == ord("\n")) + 1
+    if len(ends) != rows:
+        raise DataError(f"{path} has {len(ends)} lines; the manifest says {rows}")
+    return np.concatenate([np.zeros(1, np.int64), ends])

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moe_core.errors import DataError
 
 SPLITS = ("train", "val", "calibration")
+DIGEST_BYTES = 16
 
 
-def assign(keys: Sequence[str], validation: int, calibration: int, seed: int) -> list[str]:
-    """The split of each key: the `validation` smallest hashes of (seed, key) are "val", the next `calibration` ones
-    "calibration".
+def digest(seed: int, key: str) -> bytes:
+    """The leading 16 bytes of SHA-256 of seed and key: by which splits are dealt, and equal keys are found."""
+    return hashlib.sha256(f"{seed}/{key}".encode()).digest()[:DIGEST_BYTES]
 
-    Raises DataError where nothing would be left to train on, or a key stands twice.
+
+def assign(digests: NDArray[np.uint8], validation: int, calibration: int) -> NDArray[np.int8]:
+    """The split of each of the digests [N, 16], by its number in SPLITS: the `validation` smallest are "val", the next
+    `calibration` ones "calibration".
+
+    Raises DataError where nothing would be left to train on.
     """
-    if len(keys) <= validation + calibration:
+    wanted = validation + calibration
+    if len(digests) <= wanted:
         raise DataError(
-            f"there are {len(keys)} good samples;"
+            f"there are {len(digests)} good samples;"
             f" data.shard keeps {validation} for validation and {calibration} for calibration,"
-            f" so at least {validation + calibration + 1} are needed"
+            f" so at least {wanted + 1} are needed"
         )
-    ranked = sorted(
-        range(len(keys)), key=lambda row: (hashlib.sha256(f"{seed}/{keys[row]}".encode()).digest(), keys[row])
-    )
-    for row, following in pairwise(ranked):
-        if keys[row] == keys[following]:
-            raise DataError(f"sample key '{keys[row]}' stands twice; keys must differ")
-    split = ["train"] * len(keys)
-    for rank, row in enumerate(ranked[: validation + calibration]):
-        split[row] = "val" if rank < validation else "calibration"
+    split = np.zeros(len(digests), np.int8)
+    if not wanted:
+        return split
+    halves = np.ascontiguousarray(digests).view(">u8")
+    limit = np.partition(halves[:, 0], wanted - 1)[wanted - 1]
+    candidates = np.flatnonzero(halves[:, 0] <= limit)
+    ranked = candidates[np.lexsort((halves[candidates, 1], halves[candidates, 0]))]
+    split[ranked[:validation]] = SPLITS.index("val")
+    split[ranked[validation:wanted]] = SPLITS.index("calibration")
     return split

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from moe_core.config import KINDS, EmbeddedDataConfig
-from moe_core.data import embedded, webdataset
+from moe_core.data import embedded
+from moe_core.data.sources import decoding, webdataset
+from moe_core.data.sources.samples import Sample
 from moe_core.errors import DataError
+from tests.moe_core.sources_made import FIELDS, FILTERS
 
 
 def _config(**changes: object) -> EmbeddedDataConfig:
@@ -79,14 +82,16 @@ def test_the_source_is_the_same_bytes_twice_and_reads_back(tmp_path: Path):
         (tar,) = embedded.write_source(tmp_path / name, config, seed=5)
         hashes.append(hashlib.sha256(tar.read_bytes()).hexdigest())
     assert hashes[0] == hashes[1]
-    samples = list(webdataset.read_samples(tmp_path / "a" / "embedded-000000.tar"))
+    samples = list(webdataset.read_samples(tmp_path / "a" / "embedded-000000.tar", "a", FIELDS, FILTERS))
     assert len(samples) == 12
     for index, sample in enumerate(samples):
-        assert isinstance(sample, webdataset.Sample)
+        assert isinstance(sample, Sample)
         scene = embedded.make_scene(config, 5, index)
         assert sample.caption == scene.prompt
         assert sample.meta == scene.record
-        assert np.array_equal(webdataset.decode(sample, 16), scene.image)
+        picture = decoding.decode(sample, ((16, 16),), FILTERS)
+        assert isinstance(picture, decoding.Picture)
+        assert np.array_equal(picture.pixels, scene.image)
 
 
 def test_a_larger_canvas_shows_the_same_scene_larger():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from moe_core import noise
 from moe_core.config import TimestepConfig
 from moe_core.noise import derive_seed, draw, sample_index, sampler_sigmas
 
@@ -83,3 +84,40 @@ def test_derived_seeds_differ_by_purpose_and_seed():
     seeds = {derive_seed(seed, purpose) for seed in range(3) for purpose in ("moe_kd", "mob_kd")}
     assert len(seeds) == 6
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_one_bucket_is_no_bucket():
+    for step in (0, 1, 63, 64, 5000):
+        positions = range(step * 8, step * 8 + 8)
+        assert noise.bucket_rows(3, positions, [30], 8) == noise.sample_index(3, positions, 30)
+
+
+def _bucket(row: int, sizes: list[int]) -> int:
+    return next(number for number in range(len(sizes)) if row < sum(sizes[: number + 1]))
+
+
+def test_a_global_batch_is_of_one_bucket_whichever_worker_asks():
+    sizes = [40, 7, 25]
+    for step in range(200):
+        whole = noise.bucket_rows(5, range(step * 8, step * 8 + 8), sizes, 8)
+        assert len({_bucket(row, sizes) for row in whole}) == 1
+        halves = [noise.bucket_rows(5, range(step * 8 + at, step * 8 + at + 4), sizes, 8) for at in (0, 4)]
+        assert halves[0] + halves[1] == whole
+
+
+def test_buckets_are_drawn_by_their_size_and_within_one_every_sample_comes_once_an_epoch():
+    sizes = [60, 20, 40]
+    # More than one block of draws: the count of earlier batches goes over its end.
+    rows = [noise.bucket_rows(7, range(step * 4, step * 4 + 4), sizes, 4) for step in range(noise._BLOCK + 500)]
+    drawn = [_bucket(batch[0], sizes) for batch in rows]
+    for bucket, size in enumerate(sizes):
+        assert drawn.count(bucket) / len(drawn) == pytest.approx(size / 120, abs=0.03)
+        own = [row for batch, of in zip(rows, drawn) if of == bucket for row in batch]
+        start = sum(sizes[:bucket])
+        for epoch in range(len(own) // size):
+            assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(start, start + size))
+
+
+def test_positions_of_two_global_batches_are_refused():
+    with pytest.raises(ValueError, match="2 global batches of 8"):
+        noise.bucket_rows(0, range(6, 10), [30], 8)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from moe_core import sampling
-from moe_core.errors import CheckpointError
+from moe_core import sampling, text_encoding
+from moe_core.distill import predict
+from moe_core.errors import CheckpointError, DataError
 from moe_core.transformer import FluxMoETransformer2DModel
 from tests.moe_core.tiny_pipeline import tiny_pipeline
 
@@ -87,20 +88,45 @@ def test_a_prepared_batch_holds_what_the_pipeline_would_feed():
 
 
 def test_a_prompt_is_encoded_the_same_alone_and_in_company():
-    alone, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[:1], 8)
-    company, _, _ = sampling.encode_prompts(tiny_pipeline(), PROMPTS[::-1], 8)
+    alone, _, _ = text_encoding.encode_prompts(tiny_pipeline(), PROMPTS[:1], 8)
+    company, _, _ = text_encoding.encode_prompts(tiny_pipeline(), PROMPTS[::-1], 8)
     assert torch.equal(alone[0], company[2])
 
 
 def test_no_more_tokens_are_encoded_than_asked_for():
     pipeline = tiny_pipeline()
-    assert sampling.encode_prompts(pipeline, PROMPTS, 4)[0].shape[1] == 4
+    assert text_encoding.encode_prompts(pipeline, PROMPTS, 4)[0].shape[1] == 4
     longest = pipeline.tokenizer_2.model_max_length
-    assert sampling.encode_prompts(pipeline, PROMPTS, 512)[0].shape[1] == min(longest, 512)
+    assert text_encoding.encode_prompts(pipeline, PROMPTS, 512)[0].shape[1] == min(longest, 512)
 
 
 def test_the_prompt_cache_is_bounded(monkeypatch: pytest.MonkeyPatch):
     pipeline = tiny_pipeline()
-    monkeypatch.setattr(sampling, "CACHE_BYTES", 1)
-    sampling.encode_prompts(pipeline, PROMPTS, 8)
-    assert len(sampling._CACHES[pipeline].entries) == 1
+    monkeypatch.setattr(text_encoding, "CACHE_BYTES", 1)
+    text_encoding.encode_prompts(pipeline, PROMPTS, 8)
+    assert len(text_encoding._CACHES[pipeline].entries) == 1
+
+
+def test_a_batch_of_a_wide_bucket_has_the_positions_of_its_patches():
+    pipeline = tiny_pipeline()
+    latents = torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(1))
+    batch = sampling.prepare_batch(pipeline, latents, PROMPTS[:2], drawn, torch.tensor([0.3, 0.6]), 3.5, 8)
+    assert batch.latents.shape == (2, 2 * 4, 16)
+    assert batch.img_ids[:, 1:].tolist() == [[y, x] for y in range(2) for x in range(4)]
+    # Token 5 is the patch in row 1, column 1.
+    assert torch.equal(batch.latents[0, 5], latents[0, :, 2:4, 2:4].reshape(-1))
+    assert predict(pipeline.transformer, batch).shape == batch.latents.shape
+
+
+def test_stored_text_is_taken_and_must_have_the_length_that_is_asked_for():
+    pipeline = tiny_pipeline()
+    latents = torch.zeros(1, 4, 4, 4)
+    text, pooled, _ = text_encoding.encode_prompts(pipeline, PROMPTS[:1], 8)
+    batch = sampling.prepare_batch(
+        pipeline, latents, ["another caption"], latents, torch.tensor([0.5]), 3.5, 8, (text, pooled)
+    )
+    assert torch.equal(batch.prompt_embeds, text)
+    assert torch.equal(batch.pooled, pooled)
+    with pytest.raises(DataError, match=f"have {text.shape[1]} tokens; model.max_sequence_length asks for 4"):
+        sampling.prepare_batch(pipeline, latents, ["x"], latents, torch.tensor([0.5]), 3.5, 4, (text, pooled))

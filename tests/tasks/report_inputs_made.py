@@ -90,7 +90,7 @@ def write_inputs(root: Path) -> None:
         n: {"samples": s, "shards": [{"file": f"{n}-00000.safetensors"}]}
         for n, s in (("train", 7488), ("val", 256), ("calibration", 256))
     }
-    rejects = {"missing caption": {"count": 3, "examples": ["000017"]}}
+    rejects = {"missing caption": {"count": 3, "examples": [{"key": "000017", "detail": "no .txt"}]}}
     _write(root / "data" / "shards" / "manifest.json", {"splits": splits, "rejects": rejects})
 
 

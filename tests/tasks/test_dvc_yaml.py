@@ -75,10 +75,16 @@ def needed(module: str) -> set[str]:
     return found
 
 
+def modules(listed: str) -> set[str]:
+    """A listed module, or those of a listed package."""
+    found = (ROOT / listed).glob("*.py") if listed.startswith(("moe_core/", "tasks/")) else ()
+    return {listed} if listed.endswith(".py") else {path.relative_to(ROOT).as_posix() for path in found}
+
+
 def test_every_stage_lists_the_modules_that_it_uses_and_no_others(stages: dict[str, Any]) -> None:
     for address, stage in stages.items():
         module = f"tasks/{address.partition('@')[0]}.py"
-        listed = {dep.def_path for dep in stage.deps if dep.def_path.endswith(".py")}
+        listed = {file for dep in stage.deps for file in modules(dep.def_path)}
         assert listed == needed(module), f"{address}: missing {needed(module) - listed}, idle {listed - needed(module)}"
 
 

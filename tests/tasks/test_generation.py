@@ -15,9 +15,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from moe_core.config import Params, parse
-from moe_core.data import latents
 from moe_core.data.embedded import captions_vocabulary
-from moe_core.data.latents import LatentRow
+from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
+from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import CheckpointError
 from moe_core.small_flux import build_pipeline
 from tasks import generation
@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
     shards.mkdir()
     generator = torch.Generator().manual_seed(0)
     rows = [LatentRow(f"k{i}", torch.randn(4, 8, 8, generator=generator), "a red seven", {}) for i in range(6)]
-    latents.write_manifest(shards, {"val": [latents.write_shard(shards, "val", 0, rows)]}, [], {})
+    write_manifest(shards, {"val": [write_shard(shards, "val", 0, (16, 16), rows)]}, RejectCount(), {})
     return tmp_path
 
 

@@ -13,8 +13,8 @@ import yaml
 
 from moe_core import sampling, small_flux
 from moe_core.config import Params, parse
-from moe_core.data import latents
-from moe_core.data.latents import LatentRow
+from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
+from moe_core.data.sources.samples import RejectCount
 from moe_core.memory import LiveMemory
 from tasks import importance, training
 from tasks.generation import Generator, Unit
@@ -57,8 +57,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, small: Params) -> Path:
     shards = folder / "data" / "shards"
     shards.mkdir()
     rows = [LatentRow(f"k{i}", torch.randn(4, 8, 8), "red seven", {}) for i in range(SAMPLES)]
-    written = {split: [latents.write_shard(shards, split, 0, rows)] for split in ("train", "val", "calibration")}
-    latents.write_manifest(shards, written, [], {})
+    written = {split: [write_shard(shards, split, 0, (16, 16), rows)] for split in ("train", "val", "calibration")}
+    write_manifest(shards, written, RejectCount(), {})
     return folder
 
 
