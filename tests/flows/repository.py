@@ -21,31 +21,21 @@ import psutil
 import yaml
 
 from flows import processes
+from tests.tasks.imports import closure
 
 PATIENCE_S = 300
 """No test measures time: these waits end a test that hangs, also on a machine with others' work on it."""
 
 PROJECT = Path(__file__).resolve().parents[2]
+MODULES = ("curves", "fingerprint", "leftovers", "outs", "params", "places", "project", "tracking")
+"""Of tasks, what a run calls in its commit."""
 COPIED = [
     "params",
     "params.yaml",
     "moe_core/__init__.py",
     "moe_core/config",
-    "moe_core/errors.py",
-    *(
-        f"tasks/{name}.py"
-        for name in (
-            "__init__",
-            "tracking",
-            "curves",
-            "fingerprint",
-            "params",
-            "project",
-            "outs",
-            "places",
-            "leftovers",
-        )
-    ),
+    "tasks/__init__.py",
+    *sorted(set().union(*(closure(PROJECT / "tasks" / f"{name}.py") for name in MODULES))),
 ]
 
 STAGE = '''"""A stage of the test repository: NAME OUT DEP... writes OUT; evaluations take `seed` seconds."""

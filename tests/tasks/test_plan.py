@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,7 @@ def peak(run: Callable[[], Any]) -> int:
     def uncounted(load: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         before = memory.peak
         loaded = load(*arguments, **more)
+        gc.collect()  # what conversion wrote, the files' writer may still hold
         memory.peak = before
         return loaded
 
