@@ -88,6 +88,17 @@ else:
     (out / "file.txt").write_text(text)
 '''
 
+PLAN = '''"""The plan of the test repository, which asks no more than half a gigabyte; called as the project's own."""
+import pathlib, sys
+import yaml
+
+room = yaml.safe_load(open("params.yaml"))["compute"]["gpu_memory_gb"]
+fits = room is None or room >= 0.5
+text = "# Plan of `test`\\n" if fits else "# Plan of `test`\\n- **`teacher` does not fit**: it needs 0.5 GB\\n"
+pathlib.Path(sys.argv[sys.argv.index("--to") + 1]).write_text(text)
+sys.exit(0 if fits else 3)
+'''
+
 DVC_YAML = """
 stages:
   source:
@@ -148,6 +159,7 @@ def make_repository(folder: Path) -> Path:
         copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
         copy(PROJECT / name, target)
     (folder / "stage.py").write_text(STAGE)
+    (folder / "tasks" / "plan.py").write_text(PLAN)
     (folder / "dvc.yaml").write_text(DVC_YAML)
     (folder / ".gitignore").write_text(IGNORED)
     (folder / ".dvcignore").write_text("__pycache__/\n.runs/\n.services/\n")

@@ -18,7 +18,7 @@ def test_a_run_is_sealed_applied_and_then_cached(stack: Stack) -> None:
     before = run("git", "status", "--porcelain", cwd=root)
     first = stack.trigger(experiment="demo", overrides=["moe.top_k=3", "seed=1"], name="first")
     assert stack.wait(first)["type"] == "COMPLETED", stack.logs(first)
-    assert stack.tasks(first) == dict.fromkeys(MADE, "Completed")
+    assert stack.tasks(first) == dict.fromkeys(MADE | {"plan"}, "Completed")
 
     # The page: logs of the stages, one private Ray, progress, the table, the report, what the run did not see.
     logs = stack.logs(first)
@@ -30,6 +30,7 @@ def test_a_run_is_sealed_applied_and_then_cached(stack: Stack) -> None:
     assert "note.txt" in shown["uncommitted-files"]
     assert "accuracy" in shown["results"]
     assert shown["report"].startswith("# Report")
+    assert shown["plan"].startswith("# Plan of")
 
     # Nothing of it in the checkout, nothing alive, no worktree; then it can be had by its name.
     assert run("git", "status", "--porcelain", cwd=root) == before
@@ -51,7 +52,7 @@ def test_a_run_is_sealed_applied_and_then_cached(stack: Stack) -> None:
     # Unless it is told to.
     told = stack.trigger(experiment="demo", overrides=["moe.top_k=3", "seed=1"], name="told", again=["latency"])
     assert stack.wait(told)["type"] == "COMPLETED", stack.logs(told)
-    assert stack.tasks(told) == dict.fromkeys(MADE, "Cached") | {"latency": "Completed"}
+    assert stack.tasks(told) == dict.fromkeys(MADE, "Cached") | {"latency": "Completed", "plan": "Completed"}
 
 
 @pytest.mark.slow
@@ -102,8 +103,20 @@ def test_a_failing_stage_is_named_and_finished_work_is_kept(stack: Stack) -> Non
     mended = stack.trigger(overrides=["moe.top_k=8"], name="broken")
     assert stack.wait(mended)["type"] == "COMPLETED", stack.logs(mended)
     tasks = stack.tasks(mended)
-    assert tasks.pop("report") == "Completed"
+    assert [tasks.pop("plan"), tasks.pop("report")] == ["Completed", "Completed"]
     assert set(tasks.values()) == {"Cached"}
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_fit_its_gpus_ends_before_any_stage(stack: Stack) -> None:
+    flow_run = stack.trigger(overrides=["compute.gpu_memory_gb=0.4", "moe.top_k=7"], name="too-large")
+    state = stack.wait(flow_run)
+    assert state["type"] == "FAILED"
+    assert "`teacher` does not fit**: it needs 0.5 GB" in state["message"]
+    assert set(stack.tasks(flow_run)) == {"plan"}
+    assert "does not fit" in stack.artifacts(flow_run)["plan"]
+    fits = stack.trigger(overrides=["compute.gpu_memory_gb=0.6", "moe.top_k=7"], name="large-enough")
+    assert stack.wait(fits)["type"] == "COMPLETED", stack.logs(fits)
 
 
 def two_stages_with_workers(stack: Stack, name: str) -> str:

@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-from moe_core import sampling, small_flux
+from moe_core import accounting, sampling, small_flux
 from moe_core.config import Params, parse
 from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
+from moe_core.errors import ConfigError
 from moe_core.memory import LiveMemory
-from tasks import importance, training
+from tasks import command, importance, plan, training
 from tasks.generation import Generator, Unit
 from tasks.params import compose
 from tasks.phase import Phase
@@ -142,3 +143,53 @@ def test_planned_memory_is_near_what_the_stages_really_take(
 ) -> None:
     ratios = {stage: planned[stage].peak / bytes_ for stage, bytes_ in measured.items()}
     assert {stage: ratio for stage, ratio in ratios.items() if abs(ratio - 1) > WITHIN} == {}, ratios
+
+
+def test_what_fits_and_what_does_not_is_said_by_name_and_number() -> None:
+    values = params("compute.gpu_memory_gb=1", "compute.tflops=2", "compute.use_gpu=true")
+    stages = [
+        StageCost("importance", "work", 7.2e15, {"teacher": 0.2e9, "activations": 0.3e9}, 2e9),
+        StageCost("mob_kd@M", "work", 3.6e15, {"teacher": 0.5e9, "student": 0.5e9}, 1e9, gpus=4),
+    ]
+    text = plan.render(values, stages)
+    assert "| `importance` | work | 7.2 | 1 | 1 | 0.5 | 2.0 |" in text
+    assert "| all |  | 10.8 | 1.5 |  |  | 3.0 |" in text
+    assert "**`mob_kd@M` does not fit**: it needs 1.0 GB of tensors, a GPU has 0.95 of 1 GB" in text
+    assert "kd.mob.optimizer.micro_batch" in text
+    assert plan.crowded(values, stages) == stages[1:]
+    assert plan.crowded(params(), stages) == []
+    assert "Whether it fits needs `compute.gpu_memory_gb`" in plan.render(params(), stages)
+
+
+def test_models_of_every_flux_preset_are_the_papers() -> None:
+    counts = {"L": 5.15, "M": 4.01, "S": 3.19, "XS": 2.64}
+    presets = {"flux1-moe-l": "L", "flux1-moe-m": "M", "flux1-moe-s": "S", "flux1-moe-xs": "XS"}
+    presets |= {"hyperflux-moe-l": "L", "hyperflux-moe-xs": "XS"}
+    for preset, last in presets.items():
+        values = params(f"experiment={preset}", "data.path=/tars", "compute=h100x8")
+        configs = Costs(values, describe(values.model)).configs
+        assert list(configs)[-1] == last
+        assert round(accounting.count(configs[last]).activated_paper / 1e9, 2) == counts[last]
+        assert values.model.num_inference_steps == (8 if preset.startswith("hyperflux") else 28)
+
+
+def test_parts_of_flux1() -> None:
+    sizes = describe(params("experiment=flux1-moe-l", "data.path=/tars").model).parameters()
+    millions = {part: round(size / 1e6) for part, size in sizes.items()}
+    assert millions == {"transformer": 11901, "vae": 84, "text_encoder": 123, "text_encoder_2": 4762}
+
+
+def test_a_teacher_that_nobody_knows_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = params("experiment=flux1-moe-l", "data.path=/tars", "model.path=nobody/knows").model
+    with pytest.raises(ConfigError, match=r"model\.path is nobody/knows, whose configuration the hub does not give"):
+        describe(model)
+
+
+def test_bad_overrides_end_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert plan.main(["experiment=flux1-moe-l", "data.path=/tars", "moe.top_k=13"]) == 2
+    monkeypatch.setattr("sys.argv", ["dense2moe", "plant"])
+    assert command.main() == 2
+    assert "usage: dense2moe plan" in capsys.readouterr().err
