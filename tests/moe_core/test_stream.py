@@ -260,7 +260,7 @@ def test_shards_that_are_missing_cut_or_elsewhere(dense: Path):
     for file in ("../outside.safetensors", str(dense.parent / "outside.safetensors"), "", "..", 3):
         index["weight_map"][NAME] = file
         (dense / INDEX).write_text(json.dumps(index))
-        refused(dense, CheckpointError, f"tensor {NAME} is in .*it must be a .safetensors file beside the index")
+        refused(dense, CheckpointError, f"tensor {NAME} is in .*it must be a file name in this folder")
     other = next(file.name for file in sorted(dense.glob("*.safetensors")) if file != path)
     index["weight_map"][NAME] = other
     (dense / INDEX).write_text(json.dumps(index))
@@ -288,7 +288,7 @@ def test_precisions_that_cannot_be_meant(dense: Path):
     path = shard_of(dense, NAME)
     whole = path.read_bytes()
     rewrite(path, lambda tensors: {**tensors, NAME: tensors[NAME].to(torch.int8)})
-    refused(dense, CheckpointError, f"tensor {NAME} is stored as I8")
+    refused(dense, CheckpointError, f"tensor {NAME} is I8; it must be F32, BF16, F16")
     path.write_bytes(whole)
     rewrite(path, lambda tensors: {**tensors, NAME: tensors[NAME].double()})
     refused(dense, CheckpointError, f"tensor {NAME} is F64; it must be F32, BF16, F16")
