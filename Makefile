@@ -3,7 +3,7 @@
 PY := .venv/bin/python
 SHELL := /bin/sh
 
-.PHONY: help setup demo test slow peft lint format typecheck up down params lock gpu bench clean
+.PHONY: help setup demo test slow peft lint format typecheck up down params lock gpu bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ gpu: setup ## MegaBlocks and its companions, without dependencies, on a CUDA mac
 
 bench: setup ## what benchmarks/ measures on a CPU
 	@$(PY) -m benchmarks.demo
+
+bench-gpu: ## five steps of each stage at FLUX.1's full size on one GPU of 141 GB; needs torch, diffusers and transformers alone
+	@if [ -x $(PY) ]; then $(PY) -m benchmarks.gpu_full_size; else python3 -m benchmarks.gpu_full_size; fi
 
 clean: ## remove the caches of the tools; results, databases, settings and the environment stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
