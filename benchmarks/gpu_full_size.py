@@ -226,9 +226,14 @@ def main() -> int:
     inputs = Inputs(given.samples, given.image_tokens, given.text_tokens)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     report: dict[str, Any] = {
-        "device": name, "torch": version("torch"), "diffusers": version("diffusers"), "steps": STEPS,
-        "peak_tflops": given.peak_tflops, "samples": given.samples, "image_tokens": given.image_tokens, "text_tokens": given.text_tokens, "stages": {},
-    }  # fmt: skip
+        "device": name,
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "steps": STEPS,
+        "peak_tflops": given.peak_tflops,
+        **{key: getattr(given, key) for key in ("double", "single", "heads", "samples", "image_tokens", "text_tokens")},
+        "stages": {},
+    }
 
     def add(stage: str, found: Measured, planned: Cost, useful: int) -> None:
         report["stages"][stage] = row(found, planned, useful, given.peak_tflops)

@@ -125,9 +125,17 @@ def _train(
         with memory.all_new_is(OPTIMIZER):
             optimizer.step()
         # The update of the first step makes the optimizer's state; in every later pass that is there as well.
+        flops, update, made = counter.total, memory.peak, memory.live[OPTIMIZER]
+        # So is that of blocks which no sample chose this time.
+        for weight in (idle := [weight for weight in weights if weight.grad is None]):
+            weight.grad = torch.zeros_like(weight)
+        if idle:
+            with memory.all_new_is(OPTIMIZER):
+                optimizer.step()
         state = memory.live[OPTIMIZER]
     peak = Peak(passed.total + state, {**passed.by_kind, OPTIMIZER: state})
-    return Cost(counter.total, peak, memory.peak)
+    others = {**update.by_kind, OPTIMIZER: update.by_kind.get(OPTIMIZER, 0) + state - made}
+    return Cost(flops, peak, Peak(update.total + state - made, others))
 
 
 def importance_pass(teacher: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype) -> Cost:

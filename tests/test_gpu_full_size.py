@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--double", "4", "--single", "2", "--heads", "1", "--image-tokens", "16", "--text-tokens", "8"]
+SMALL = ["--double", "4", "--single", "1", "--heads", "1", "--image-tokens", "16", "--text-tokens", "8"]
 BLOCK_ORCHESTRATION = "import sys; sys.modules.update(dict.fromkeys(('ray', 'prefect', 'mlflow', 'dvc')))"
 
 
