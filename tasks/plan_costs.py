@@ -101,7 +101,8 @@ class Costs:
         disk = sum(self._sizes.values()) * self.given.itemsize
         training = self.params.model.training
         if training is None:
-            return StageCost("teacher", "copied, a LoRA fused", disk=disk, parameters=counts)
+            work = "copied" if self.params.model.lora is None else "copied, a LoRA fused"
+            return StageCost("teacher", work, disk=disk, parameters=counts)
         config = training.transformer
         cost = self._teacher_step(config)
         steps = config.steps * config.batch_size / self._local("teacher", config)

@@ -345,6 +345,7 @@ def test_sharded_workers_of_two_nodes_lose_a_worker_or_a_node_and_end_the_same(t
     finally:
         nodes.stdin.close()
         nodes.wait(60)
+        nodes.stdout.close()
     assert "train goes on from" in (two_workers / "stage.log").read_text()
     assert hashes(out) == expected
     assert curve.read_text() == expected_curve
