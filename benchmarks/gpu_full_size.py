@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_full_size --device cpu --double 2 --single 2 --heads 2 --image-tokens 64 --text-tokens 16    small
 
 - Needs torch, diffusers, transformers, safetensors, pydantic and this checkout: no Ray, no net, no data.
-- Weights are random, so routers choose nearly evenly. With one sample at once a MoB group runs one block a step, and in five
-  steps not every block.
+- Weights are random, so routers choose nearly evenly. With one sample at once a MoB group runs one block a step; the optimizer
+  has the state of all blocks from the first step on, as it has after some steps of a real run.
 - Peak memory: CUDA's allocator, tensors alone; on a CPU, tensors counted while they live.
 - Model FLOPs utilisation: FLOPs of the step, checkpointing's repetition left out, over its time and what the GPU can do
   (`--peak-tflops`, 989 for an H100 or H200 in dense bf16, by its data sheet).
@@ -126,12 +126,15 @@ def distillation(
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
 
         def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, BF16):
                 loss = step_of(batch(dense, inputs, device))["loss"]
             loss.backward()
+            if not optimizer.state:
+                for parameter in trained:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             nn.utils.clip_grad_norm_(trained, stage.optimizer.grad_clip)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         return measure(step, device, memory)
 
@@ -162,19 +165,18 @@ def stage_of(train: tuple[str, ...], balance: float, checkpointing: bool = True)
     )
 
 
-def stages(dense: dict[str, Any]) -> dict[str, tuple[dict[str, Any], KDStageConfig]]:
-    """KD stage -> student's configuration and stage: the paper's levels, as far as the blocks go."""
-    double, full = dense["num_layers"], dense["num_layers"] == references.FLUX1_DEV["num_layers"]
-    kept = (0, 1, 2) if full else (0,)
+def stages(dense: dict[str, Any], kept: int, conditioning_dim: int) -> dict[str, tuple[dict[str, Any], KDStageConfig]]:
+    """KD stage -> student's configuration and stage: the paper's L and M, as far as the double blocks go after those `kept` dense."""
+    double = dense["num_layers"]
     moe = MoEConfig(
         shared_ratio=1.0,
         normal_ratio=0.25,
         num_experts=12,
         top_k=2,
-        dense_double_blocks=kept,
-        conditioning_dim=256 if full else None,
+        dense_double_blocks=tuple(range(kept)),
+        conditioning_dim=conditioning_dim,
     )
-    count = (double - len(kept)) // 3
+    count = (double - kept) // 3
     groups = [list(range(first, first + 3)) for first in range(double - 3 * count, double, 3)]
     level = {"init": "checkpoints/moe", "double": {"blocks": groups}}
     mob = MoBConfig.model_validate({"levels": {"M": level}})
@@ -209,11 +211,14 @@ def main() -> int:
     parser.add_argument("--single", type=int, default=references.FLUX1_DEV["num_single_layers"])
     parser.add_argument("--heads", type=int, default=references.FLUX1_DEV["num_attention_heads"])
     parser.add_argument("--image-tokens", type=int, default=4096)
+    parser.add_argument("--dense-double-blocks", type=int, default=3)
+    parser.add_argument("--conditioning-dim", type=int, default=256)
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--peak-tflops", type=float, default=989.0)
     parser.add_argument("--to", type=Path, default=RESULTS)
     given = parser.parse_args()
+    torch.manual_seed(0)
     device = torch.device(given.device)
     dense = structure.dense_part(
         {
@@ -246,7 +251,7 @@ def main() -> int:
 
     planned = dry_run.importance_pass(dense, inputs, BF16)
     add("importance", importance(dense, inputs, device), planned, planned.flops)
-    for stage, (sparse, kd) in stages(dense).items():
+    for stage, (sparse, kd) in stages(dense, given.dense_double_blocks, given.conditioning_dim).items():
         costs = [
             dry_run.kd_step(dense, sparse, config, inputs, optimizer_of, dtype=BF16, masters=torch.float32)
             for config in (kd, kd.model_copy(update={"gradient_checkpointing": False}))

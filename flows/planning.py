@@ -14,7 +14,7 @@ from flows.workspace import RunFailed, Workspace
 
 COMMAND = Path("tasks/plan.py")
 DOES_NOT_FIT = 3
-"""Exit status of `tasks.plan`."""
+"""Exit status of `tasks.plan`, which is not imported: it brings torch."""
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE, persist_result=False)

@@ -100,8 +100,3 @@ class LiveMemory(TorchDispatchMode):
 def parameters_and_buffers(module: nn.Module) -> list[Tensor]:
     """The tensors that a module holds."""
     return [*module.parameters(), *module.buffers()]
-
-
-def sizes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -33,7 +33,7 @@ from moe_core.dtensors import full
 from moe_core.errors import CheckpointError
 from moe_core.mob import BlockRouter, MoBGroup
 from moe_core.moe import MoELayer, Router
-from moe_core.shards import Entry, cut
+from moe_core.shards import Entry, cut, file_names, write_index
 from moe_core.transformer import FluxMoETransformer2DModel
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def save_flux(model: FluxTransformer2DModel, folder: Path, dtype: torch.dtype | 
     """
     state = model.state_dict()
     files = cut([Entry(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()], FILE_BYTES)
-    names = [checkpoint.WEIGHTS] if len(files) == 1 else _numbered(len(files))
-    for file, members in zip(names, files, strict=True):
+    for file, members in zip(file_names(len(files)), files, strict=True):
         tensors: dict[str, Tensor] = {}
         for entry in members:
             whole = full(state[entry.name].detach())
@@ -188,18 +187,9 @@ def save_flux(model: FluxTransformer2DModel, folder: Path, dtype: torch.dtype | 
         config = json.loads(model.to_json_string()) | {"_class_name": _class_of(model)}
         config.pop("_name_or_path", None)
         (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if len(files) > 1:
-            weight_map = {entry.name: file for file, members in zip(names, files, strict=True) for entry in members}
-            size = sum(entry.size for members in files for entry in members)
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(folder, files)
 
 
 def _class_of(model: nn.Module) -> str:
     kinds = (kind.__name__ for kind in type(model).__mro__)
     return next(name for name in kinds if name in (FluxMoETransformer2DModel.__name__, FluxTransformer2DModel.__name__))
-
-
-def _numbered(count: int) -> list[str]:
-    stem, _, suffix = checkpoint.WEIGHTS.rpartition(".")
-    return [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]

@@ -141,11 +141,30 @@ def cut(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
     return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
 
 
+def file_names(count: int) -> list[str]:
+    """The names that diffusers gives to so many shards of a model."""
+    if count == 1:
+        return [checkpoint.WEIGHTS]
+    stem, suffix = checkpoint.WEIGHTS.split(".")
+    return [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
+    """Writes which tensor is in which shard; of a single file there is no index."""
+    if len(shards) == 1:
+        return
+    names = file_names(len(shards))
+    weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    total = sum(entry.size for shard in shards for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 class ShardWriter:
     """Writes shards into a folder, with their index, under diffusers' names. Every file is on the disk when the block ends."""
 
     def __init__(self, folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
-        self._folder, self._shards = folder, shards
+        self._folder, self._shards, self._names = folder, shards, file_names(len(shards))
         self._copying, self._flushing = ThreadPoolExecutor(1, "copy"), ThreadPoolExecutor(1, "flush")
         self._copies: deque[tuple[Future[None], int]] = deque()
         self._flushes: list[Future[None]] = []
@@ -193,26 +212,13 @@ class ShardWriter:
             flush.result()
         if self._todo:
             raise CheckpointError(f"conversion did not make {self._todo[0][1].name}")
-        if len(self._shards) > 1:
-            weight_map = {
-                entry.name: self._name(number) for number, shard in enumerate(self._shards) for entry in shard
-            }
-            total = sum(entry.size for shard in self._shards for entry in shard)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _name(self, number: int) -> str:
-        if len(self._shards) == 1:
-            return checkpoint.WEIGHTS
-        stem, suffix = checkpoint.WEIGHTS.split(".")
-        return f"{stem}-{number + 1:05d}-of-{len(self._shards):05d}.{suffix}"
+        write_index(self._folder, self._shards)
 
     def _write(self, number: int, raw: Tensor, last: bool) -> None:
         """In the copying thread."""
         if number not in self._files:
-            self._files[number] = os.open(
-                self._folder / self._name(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666
-            )
+            path = self._folder / self._names[number]
+            self._files[number] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             _write_all(self._files[number], memoryview(_header(self._shards[number])))
         _write_all(self._files[number], raw.numpy().data)
         self._unflushed += len(raw)
