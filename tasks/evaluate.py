@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,20 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moe_core import noise
-from moe_core.config import EmbeddedDataConfig, Params
-from moe_core.data import embedded
-from moe_core.errors import ConfigError, DataError
-from moe_core.metrics import fid, fidelity, geneval, routing_use, scene_detector
-from moe_core.metrics.classifier import DigitClassifier
-from tasks import generation, outs
+from moe_core.errors import DataError
+from moe_core.metrics import fidelity, routing_use
+from tasks import generation, judgement, outs
 from tasks.generation import Made, Unit
-from tasks.places import DENSE, EVALUATIONS, EVALUATOR, IMAGES, PROMPTS
+from tasks.judgement import Judgement
+from tasks.places import DENSE, EVALUATIONS, IMAGES, PROMPTS
 from tasks.prompts import read_prompts
 from tasks.stage import Stage, execute
 
-INTERVAL = "95 %, Agresti-Coull within each kind"
-REAL_SCENES = 1000
 VALIDATION_BATCH = 64
 SHEET = 8
 """Pictures that MLflow shows side by side."""
@@ -46,19 +40,14 @@ def evaluate(name: str, folder: Path, stage: Stage) -> None:
         done = partial(stage.progress.update, "generate")
         made = generation.make((root, params, folder, dense), units, VALIDATION_BATCH, done)
     images = np.concatenate([unit.images for unit in made.pictures])
-    classifier = DigitClassifier.load(root / EVALUATOR)
-    scenes = _scenes(params)
-    found = scene_detector.detect(images, classifier, scenes.grid)
-    correct = [geneval.is_correct(record, seen) for record, seen in zip(records, found, strict=True)]
+    judged = judgement.judge(root, params, records, images)
     with outs.folder(root / IMAGES / name) as out:
-        _write_pictures(out, images, records, correct)
+        _write_pictures(out, images, records, judged)
     report = {
         "model": name,
         "prompts": len(records),
         "nfe": params.model.num_inference_steps,
-        **_accuracy(records, correct),
-        "fid": fid.frechet_distance(_real(scenes, params.seed), images, classifier, scenes.grid),
-        "fid_reference": f"{REAL_SCENES} scenes of the training data's kind that no model has seen",
+        "judged": None if judged is None else judged.as_dict(),
         "teacher_distance": 0.0 if reference is None else fidelity.mean_distance(images, reference),
         "kd_loss": made.validation["distill"],
         "kd_loss_relative": made.validation["distill_relative"],
@@ -67,8 +56,8 @@ def evaluate(name: str, folder: Path, stage: Stage) -> None:
     }
     outs.write_json(root / EVALUATIONS / f"{name}.json", report)
     stage.summary(
-        {key: report[key] for key in ("accuracy", "fid", "teacher_distance", "kd_loss", "flops")}
-        | {f"accuracy_{kind}": value for kind, value in report["accuracy_by_kind"].items()}
+        ({} if judged is None else judged.summary())
+        | {key: report[key] for key in ("teacher_distance", "kd_loss", "flops")}
         | {f"params_{key}": report["params"][key] for key in ("total", "activated", "activated_paper")}
     )
     stage.run.image("pictures.png", _sheet(images[:SHEET]))
@@ -84,48 +73,15 @@ def _pictures(folder: Path, count: int) -> NDArray[np.uint8]:
 
 
 def _write_pictures(
-    folder: Path, images: NDArray[np.uint8], records: list[dict[str, Any]], correct: list[bool]
+    folder: Path, images: NDArray[np.uint8], records: list[dict[str, Any]], judged: Judgement | None
 ) -> None:
     lines = []
-    for index, (image, record, right) in enumerate(zip(images, records, correct, strict=True)):
+    for index, (image, record) in enumerate(zip(images, records, strict=True)):
         file = f"{index:05d}.png"
         Image.fromarray(image).save(folder / file)
+        right = None if judged is None else judged.correct[index]
         lines.append({"index": index, "file": file, "tag": record["tag"], "prompt": record["prompt"], "correct": right})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def _scenes(params: Params) -> EmbeddedDataConfig:
-    if params.data.embedded is None:
-        raise ConfigError("data.embedded is null; evaluation knows the embedded digits only")
-    return params.data.embedded
-
-
-def _real(config: EmbeddedDataConfig, run_seed: int) -> NDArray[np.uint8]:
-    """Scenes past those of the data set: of the same kind, made of the same digits, never trained on."""
-    seed = noise.derive_seed(run_seed, "source")
-    return np.stack([embedded.make_scene(config, seed, config.samples + i).image for i in range(REAL_SCENES)])
-
-
-def _accuracy(records: list[dict[str, Any]], correct: list[bool]) -> dict[str, Any]:
-    """Accuracy by kind and overall (the mean of the kinds), with the interval of the overall one.
-
-    Agresti-Coull adds two right and two wrong answers to each kind, so that a kind without a fault does not count as certain.
-    """
-    score = geneval.aggregate(records, correct)
-    variance = 0.0
-    for kind, count in score["counts"].items():
-        share = (score["by_kind"][kind] * count + 2) / (count + 4)
-        variance += share * (1 - share) / (count + 4)
-    half = 1.96 * math.sqrt(variance) / len(score["counts"])
-    overall = score["overall"]
-    return {
-        "accuracy": overall,
-        "accuracy_low": max(overall - half, 0.0),
-        "accuracy_high": min(overall + half, 1.0),
-        "interval": INTERVAL,
-        "accuracy_by_kind": score["by_kind"],
-        "prompts_by_kind": score["counts"],
-    }
 
 
 def _routing(made: Made) -> dict[str, Any]:

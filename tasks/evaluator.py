@@ -1,4 +1,7 @@
-"""Stage `evaluator`: the digit classifier that judges pictures, trained and tested on digits that no scene shows."""
+"""Stage `evaluator`: the digit classifier that judges pictures, trained and tested on digits that no scene shows.
+
+Without `eval.classifier` there is nobody who judges, and the folder says so.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,19 @@ CEILING_SCENES = 1000
 
 def evaluator(stage: Stage) -> None:
     """Writes data/evaluator/ and reports the classifier's own accuracy."""
+    wanted = stage.params.eval.classifier
+    if wanted is None:
+        with outs.folder(stage.root / EVALUATOR) as folder:
+            outs.write_json(folder / "none.json", {"judges": False})
+        stage.summary({})
+        return
     # One: so small a network gains nothing by more, and loses much where another stage runs beside it.
     torch.set_num_threads(1)
     config = stage.params.data.embedded
     if config is None:
         raise ConfigError("data.embedded is null; the evaluator's classifier knows the embedded digits only")
     images, classes = embedded.evaluator_digits(config)
-    classifier, metrics = train_classifier(
-        images, classes, stage.params.eval.classifier, noise.derive_seed(stage.params.seed, "evaluator")
-    )
+    classifier, metrics = train_classifier(images, classes, wanted, noise.derive_seed(stage.params.seed, "evaluator"))
     with outs.folder(stage.root / EVALUATOR) as folder:
         classifier.save(folder)
     seed = noise.derive_seed(stage.params.seed, "source")

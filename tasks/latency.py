@@ -1,4 +1,7 @@
-"""Stage `latency`: seconds for a whole sampling, all models in turn in one process with nothing beside it. Measured: no two runs agree."""
+"""Stage `latency`: seconds for a whole sampling, each model in turn with the teacher, with nothing beside it. Measured: no two runs agree.
+
+Two models are in memory at once, whatever the number of models. What slows the machine down for a while slows both of a pair.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_core import sampling
 from moe_core.config import Params
+from moe_core.transformer import FluxMoETransformer2DModel
 from tasks import outs
 from tasks.places import DENSE, LATENCY, PROMPTS, TEACHER
 from tasks.prompts import read_prompts
@@ -25,30 +29,20 @@ def latency(stage: Stage) -> None:
     """Writes reports/latency.json."""
     params, config = stage.params, stage.params.eval
     torch.set_num_threads(params.compute.cpus_per_worker)
-    # Bars of loading, one for each of six pipelines, say nothing here.
+    # Bars of loading, one for each pipeline, say nothing here.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if params.compute.use_gpu else "cpu")
     stage.run.tag({"device": describe(device)})
-    pipelines = _load(stage.root, params, device)
+    teacher = sampling.load_pipeline(stage.root / TEACHER, None, device, sampling.DTYPES[params.model.precision])
+    teacher.transformer.eval()
     prompts = [record["prompt"] for record in read_prompts(stage.root / PROMPTS)]
-    models: dict[str, dict[str, Any]] = {name: {} for name in pipelines}
-    for size in config.latency_batch_sizes:
-        batch = [prompts[i % len(prompts)] for i in range(size)]
-        seconds: dict[str, list[float]] = {name: [] for name in pipelines}
-        # The first round warms up: caches, prompt features, threads.
-        for turn in range(config.latency_rounds + 1):
-            for name, pipeline in pipelines.items():
-                taken = _time(pipeline, batch, params, device)
-                if turn:
-                    seconds[name].append(taken)
-            stage.progress.update(f"batch {size}", turn, config.latency_rounds)
-        for name, times in seconds.items():
-            low, median, high = (float(value) for value in np.percentile(times, [25, 50, 75]))
-            # The ratio is taken within a round: what slows the machine down for a while slows both.
-            ratio = float(np.median(np.array(times) / np.array(seconds[DENSE])))
-            models[name][str(size)] = {"median_s": median, "low_s": low, "high_s": high, "ratio": ratio}
-            stage.run.metrics({f"{name}/median_s_batch_{size}": median, f"{name}/ratio_batch_{size}": ratio})
+    models: dict[str, dict[str, Any]] = {}
+    for name, model in params.models.items():
+        models[name] = _sizes(teacher, None if name == DENSE else stage.root / model.checkpoint, prompts, params)
+        for size, times in models[name].items():
+            stage.run.metrics({f"{name}/{key}_batch_{size}": times[key] for key in ("median_s", "ratio")})
+        stage.progress.update("models", len(models), len(params.models))
     sizes = list(config.latency_batch_sizes)
     report = {"device": describe(device), "rounds": config.latency_rounds, "batch_sizes": sizes, "models": models}
     outs.write_json(stage.root / LATENCY, report)
@@ -61,23 +55,42 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _load(root: Path, params: Params, device: torch.device) -> dict[str, FluxPipeline]:
-    """Every model in a pipeline; all share the teacher's text encoders and VAE."""
-    dtype = sampling.DTYPES[params.model.precision]
-    teacher = sampling.load_pipeline(root / TEACHER, None, device, dtype)
-    teacher.transformer.eval()
-    pipelines = {}
-    for name, model in params.models.items():
-        if name == DENSE:
-            pipelines[name] = teacher
-            continue
-        transformer = sampling.load_transformer(root / model.checkpoint, dtype).to(device).eval()
+def _with(teacher: FluxPipeline, folder: Path, params: Params) -> FluxPipeline:
+    """The transformer in `folder` with the teacher's text encoders and VAE."""
+    transformer = sampling.load_transformer(folder, sampling.DTYPES[params.model.precision]).to(teacher.device).eval()
+    if isinstance(transformer, FluxMoETransformer2DModel):
         transformer.set_expert_backend(params.compute.expert_backend)
-        pipelines[name] = sampling.with_transformer(teacher, transformer)
-    return pipelines
+    return sampling.with_transformer(teacher, transformer)
 
 
-def _time(pipeline: FluxPipeline, prompts: list[str], params: Params, device: torch.device) -> float:
+def _sizes(
+    teacher: FluxPipeline, folder: Path | None, prompts: list[str], params: Params
+) -> dict[str, dict[str, float]]:
+    """Batch size -> times of the model in `folder`, which is let go in the end; None: of the teacher itself."""
+    own = None if folder is None else _with(teacher, folder, params)
+    return {
+        str(size): _measure(teacher, own, [prompts[i % len(prompts)] for i in range(size)], params)
+        for size in params.eval.latency_batch_sizes
+    }
+
+
+def _measure(teacher: FluxPipeline, own: FluxPipeline | None, prompts: list[str], params: Params) -> dict[str, float]:
+    """Of one batch."""
+    seconds, dense = [], []
+    # The first round warms up: caches, prompt features, threads.
+    for turn in range(params.eval.latency_rounds + 1):
+        base = _time(teacher, prompts, params)
+        taken = base if own is None else _time(own, prompts, params)
+        if turn:
+            dense.append(base)
+            seconds.append(taken)
+    low, median, high = (float(value) for value in np.percentile(seconds, [25, 50, 75]))
+    # The ratio is taken within a round: what slows the machine down for a while slows both.
+    ratio = float(np.median(np.array(seconds) / np.array(dense)))
+    return {"median_s": median, "low_s": low, "high_s": high, "ratio": ratio}
+
+
+def _time(pipeline: FluxPipeline, prompts: list[str], params: Params) -> float:
     """Seconds of one sampling, from prompt features to pictures."""
     model = params.model
     started = time.perf_counter()
@@ -91,8 +104,8 @@ def _time(pipeline: FluxPipeline, prompts: list[str], params: Params, device: to
         guidance_scale=model.guidance_scale,
         max_sequence_length=model.max_sequence_length,
     )
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
     return time.perf_counter() - started
 
 

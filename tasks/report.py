@@ -79,6 +79,7 @@ def _values(inputs: Inputs) -> dict[str, Any]:
         "settings": settings(params),
         "groups": inputs.groups,
         "evaluator": inputs.evaluator,
+        "judged": inputs.evaluations["teacher"].judged,
         "manifest": inputs.manifest,
     }
 

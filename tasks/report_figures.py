@@ -95,7 +95,7 @@ def _svg(figure: Figure) -> str:
 
 
 def size_and_accuracy(inputs: Inputs) -> Figure:
-    """The paper's Fig. 2: activated parameters by module, and prompt accuracy against them."""
+    """The paper's Fig. 2: activated parameters by module, and against them prompt accuracy, or where nobody judged the distance to the teacher."""
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     counts = [inputs.evaluations[m].params for m in inputs.models]
@@ -124,14 +124,18 @@ def size_and_accuracy(inputs: Inputs) -> Figure:
 
     for model, count in zip(inputs.models, counts, strict=True):
         own = inputs.evaluations[model]
-        size, y = count.activated / scale, 100 * own.accuracy
-        colour = {"teacher": INK, "shared": SECOND}.get(model, ACCENT)
-        spread = [[max(y - 100 * own.accuracy_low, 0)], [max(100 * own.accuracy_high - y, 0)]]
+        size, colour = count.activated / scale, {"teacher": INK, "shared": SECOND}.get(model, ACCENT)
+        if own.judged is None:
+            y, spread = own.teacher_distance, None
+        else:
+            y = 100 * own.judged.accuracy
+            spread = [[max(y - 100 * own.judged.accuracy_low, 0)], [max(100 * own.judged.accuracy_high - y, 0)]]
         right.errorbar(size, y, yerr=spread, fmt="o", color=colour, markersize=6, capsize=3, elinewidth=1)
         right.annotate(model, (size, y), xytext=(7, 4), textcoords="offset points", color=colour, fontweight="bold")
-    right.set_title("Prompt accuracy (95 % interval)")
+    judged = inputs.evaluator is not None
+    right.set_title("Prompt accuracy (95 % interval)" if judged else "Distance to the teacher's pictures")
     right.set_xlabel(f"activated parameters ({unit})" if unit else "activated parameters")
-    right.set_ylabel("%")
+    right.set_ylabel("%" if judged else "root mean square difference")
     right.margins(x=0.12)
     return figure
 

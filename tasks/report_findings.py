@@ -57,7 +57,15 @@ def findings(inputs: Inputs) -> list[Finding]:
 
 
 def _teacher(inputs: Inputs) -> list[Finding]:
-    own = inputs.evaluations["teacher"]
+    own = inputs.evaluations["teacher"].judged
+    if own is None:
+        return [
+            Finding(
+                "note",
+                "Nobody judged the pictures (eval.classifier is null): prompt accuracy and FID are not measured. Distance to the"
+                " teacher's pictures from the same noise and validation KD loss say how near a model is to the teacher, not how good it is.",
+            )
+        ]
     interval = _interval(own.accuracy_low, own.accuracy_high)
     found = f"The teacher gets {percent(own.accuracy)} of the prompts right (95 % interval {interval})"
     target = TEACHER_TARGETS.get(inputs.params.data.name)
@@ -75,18 +83,20 @@ def _teacher(inputs: Inputs) -> list[Finding]:
 
 def _targets(table: dict[str, Row]) -> list[Finding]:
     result = []
-    teacher = table["teacher"].evaluation
+    teacher = table["teacher"].evaluation.judged
     for model, target in ACCURACY_TARGETS.items():
         if model not in table:
             continue
         row = table[model]
-        own = row.evaluation
+        own, ratio = row.evaluation.judged, row.accuracy_ratio
+        if teacher is None or own is None or ratio is None:
+            continue
         needed = target * teacher.accuracy
         found = (
-            f"{row.title} keeps {row.accuracy_ratio:.3f} of the teacher's prompt accuracy ({percent(own.accuracy)});"
+            f"{row.title} keeps {ratio:.3f} of the teacher's prompt accuracy ({percent(own.accuracy)});"
             f" the target is {target:.2f} ({percent(needed)})"
         )
-        if row.accuracy_ratio >= target:
+        if ratio >= target:
             sure = (
                 ""
                 if own.accuracy_low >= needed
@@ -99,7 +109,7 @@ def _targets(table: dict[str, Row]) -> list[Finding]:
                 Finding(
                     "short",
                     f"{found}. {within} the 95 % interval"
-                    f" ({_interval(own.accuracy_low, own.accuracy_high)}) of {own.prompts} prompts.",
+                    f" ({_interval(own.accuracy_low, own.accuracy_high)}) of {row.evaluation.prompts} prompts.",
                 )
             )
     return result
@@ -108,16 +118,18 @@ def _targets(table: dict[str, Row]) -> list[Finding]:
 def _order(inputs: Inputs, table: dict[str, Row]) -> list[Finding]:
     """Do the experts help, and does quality fall with size?"""
     shared, moe = table["shared"].evaluation, table["L"].evaluation
+    accuracy = ""
+    if moe.judged is not None and shared.judged is not None:
+        accuracy = f"; prompt accuracy {percent(moe.judged.accuracy)} against {percent(shared.judged.accuracy)}"
     verdict = "lower" if moe.kd_loss < shared.kd_loss else "not lower"
     result = [
         Finding(
             "holds" if moe.kd_loss < shared.kd_loss else "short",
             f"With normal experts (MoE-L) the validation KD loss is {verdict} than with shared experts alone:"
-            f" {small(moe.kd_loss)} against {small(shared.kd_loss)}; prompt accuracy {percent(moe.accuracy)}"
-            f" against {percent(shared.accuracy)}.",
+            f" {small(moe.kd_loss)} against {small(shared.kd_loss)}{accuracy}.",
         )
     ]
-    levels = [m for m in inputs.models if m not in ("teacher", "shared")]
+    levels = [m for m, row in table.items() if row.is_level]
     losses = [inputs.evaluations[m].kd_loss for m in levels]
     if len(levels) > 1:
         chain = ", ".join(f"{m} {small(loss)}" for m, loss in zip(levels, losses, strict=True))
@@ -131,7 +143,7 @@ def _order(inputs: Inputs, table: dict[str, Row]) -> list[Finding]:
 
 
 def _cost(inputs: Inputs, table: dict[str, Row]) -> list[Finding]:
-    levels = [row for m, row in table.items() if m not in ("teacher", "shared")]
+    levels = [row for row in table.values() if row.is_level]
     last = levels[-1]
     result = [
         Finding(
@@ -216,6 +228,8 @@ def _blocks(inputs: Inputs) -> list[Finding]:
 
 def _evaluator(inputs: Inputs) -> list[Finding]:
     own = inputs.evaluator
+    if own is None:
+        return []
     text = (
         f"The evaluator's classifier reads {percent(own.accuracy)} of {own.test_digits} real digits right that neither"
         f" it nor the generator was trained on, and its detector {percent(own.detector_accuracy)} of real scenes:"

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from tasks.report_inputs import Inputs, Picture
 from tasks.report_table import kinds
 
-CELL = 96
-"""Side of a shown picture in pixels, about; small ones are enlarged by a whole factor, large ones reduced."""
+CELL, LARGEST = 96, 224
+"""Side of a shown picture in pixels: small ones are enlarged by a whole factor to about CELL, large ones reduced to LARGEST."""
 
 RIGHT, WRONG = (46, 125, 79), (190, 60, 50)
 
@@ -23,7 +23,12 @@ class Cell:
     """One picture of the gallery, as PNG bytes."""
 
     png: bytes
-    correct: bool
+    correct: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        return {True: "right", False: "wrong", None: "not judged"}[self.correct]
 
     @property
     def uri(self) -> str:
@@ -37,18 +42,24 @@ class Gallery:
 
     prompts: list[str]
     cells: dict[str, list[Cell]]
+    side: int
+    """of a picture as it is shown"""
+    enlarged: bool
 
 
 def gallery(inputs: Inputs) -> Gallery:
     """The pictures of the shown prompts, for every model."""
     shown = chosen(inputs)
     pictures = inputs.pictures
+    side = inputs.params.model.resolution
     return Gallery(
         prompts=[pictures["teacher"][i].prompt for i in shown],
         cells={
             m: [Cell(_png(_shown(inputs, m, pictures[m][i])), pictures[m][i].correct) for i in shown]
             for m in inputs.models
         },
+        side=max(CELL, min(side, LARGEST)),
+        enlarged=side < CELL,
     )
 
 
@@ -69,9 +80,9 @@ def _shown(inputs: Inputs, model: str, picture: Picture) -> Image.Image:
     with Image.open(inputs.images / model / picture.file) as image:
         rgb = image.convert("RGB")
     side = max(rgb.size)
-    if side > CELL:
-        return rgb.resize((rgb.width * CELL // side, rgb.height * CELL // side), Image.Resampling.LANCZOS)
-    factor = CELL // side
+    if side > LARGEST:
+        return rgb.resize((rgb.width * LARGEST // side, rgb.height * LARGEST // side), Image.Resampling.LANCZOS)
+    factor = max(1, CELL // side)
     return rgb.resize((rgb.width * factor, rgb.height * factor), Image.Resampling.NEAREST)
 
 
@@ -82,7 +93,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def sheet(shown: Gallery) -> Image.Image:
-    """All as one picture, for Markdown; a line below a picture is green where the evaluator found it right."""
+    """All as one picture, for Markdown; a line below a picture is green where the evaluator found it right, red where wrong."""
     grid = [[Image.open(io.BytesIO(cell.png)) for cell in cells] for cells in shown.cells.values()]
     step = max(image.height for row in grid for image in row) + 10
     canvas = Image.new("RGB", (step * len(shown.prompts), step * len(grid)), "white")
@@ -90,6 +101,8 @@ def sheet(shown: Gallery) -> Image.Image:
     for y, (cells, row) in enumerate(zip(shown.cells.values(), grid, strict=True)):
         for x, (cell, image) in enumerate(zip(cells, row, strict=True)):
             canvas.paste(image, (x * step, y * step))
+            if cell.correct is None:
+                continue
             top = y * step + image.height + 1
             pen.rectangle((x * step, top, x * step + image.width - 1, top + 2), fill=RIGHT if cell.correct else WRONG)
     return canvas

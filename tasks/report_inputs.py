@@ -39,20 +39,26 @@ class ParameterCounts(Record):
     by_module: dict[str, float]
 
 
-class Evaluation(Record):
-    """`data/evaluations/<model>.json`."""
+class Judged(Record):
+    """What the evaluator says of a model's pictures."""
 
-    model: str
-    prompts: int
-    nfe: int
     accuracy: float
     accuracy_low: float
     accuracy_high: float
     interval: str
     accuracy_by_kind: dict[str, float]
     prompts_by_kind: dict[str, int]
-    fid: float | None
+    fid: float
     fid_reference: str
+
+
+class Evaluation(Record):
+    """`data/evaluations/<model>.json`. Pictures that nobody judges have no accuracy."""
+
+    model: str
+    prompts: int
+    nfe: int
+    judged: Judged | None
     teacher_distance: float
     kd_loss: float
     params: ParameterCounts
@@ -136,7 +142,7 @@ class Picture(Record):
     file: str
     tag: str
     prompt: str
-    correct: bool
+    correct: bool | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Inputs:
     images: Path
     curves: Mapping[str, pd.DataFrame]
     groups: Mapping[str, Mapping[str, list[list[int]]]]
-    evaluator: Evaluator
+    evaluator: Evaluator | None
     latency: LatencyReport
     block_change: BlockChange
     manifest: Manifest
@@ -188,6 +194,13 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
                 f"data/images/{name}/prompts.jsonl has other prompts than data/images/teacher/prompts.jsonl;"
                 f" all models must be evaluated on the same ones: dvc repro evaluate@{name}"
             )
+    evaluations = {n: _record(Evaluation, root / EVALUATIONS / f"{n}.json", f"evaluate@{n}") for n in models}
+    for name, found in evaluations.items():
+        if (found.judged is None) != (params.eval.classifier is None):
+            raise DataError(
+                f"{root / EVALUATIONS / name}.json: judged is {'null' if found.judged is None else 'there'}, which does not fit"
+                f" eval.classifier; stage evaluate@{name} makes it: dvc repro evaluate@{name}"
+            )
     latency = _record(LatencyReport, reports / "latency.json", "latency")
     for name in models:
         for size in latency.batch_sizes:
@@ -199,12 +212,12 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
     return Inputs(
         params=params,
         models=models,
-        evaluations={n: _record(Evaluation, root / EVALUATIONS / f"{n}.json", f"evaluate@{n}") for n in models},
+        evaluations=evaluations,
         pictures=pictures,
         images=data / "images",
         curves={stage: _curve(reports, stage, frame) for stage in trained_stages(params)},
         groups={level: _groups(reports, level) for level in params.mob.levels},
-        evaluator=_evaluator(reports),
+        evaluator=None if params.eval.classifier is None else _evaluator(reports),
         latency=latency,
         block_change=_record(BlockChange, data / "importance" / "block_change.json", "importance"),
         manifest=_record(Manifest, data / "shards" / "manifest.json", "shard"),

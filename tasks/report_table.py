@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_core import references
-from tasks.report_inputs import Evaluation, Inputs
+from tasks.report_inputs import Evaluation, Inputs, Judged
 
 TITLES = {"teacher": "Teacher (dense)", "shared": "Shared experts only"}
 
@@ -50,8 +50,11 @@ class Row:
 
     model: str
     title: str
+    is_level: bool
+    """L or a level of `mob.levels`: neither the teacher, nor shared experts alone, nor a baseline"""
     evaluation: Evaluation
-    accuracy_ratio: float
+    accuracy_ratio: float | None
+    """null where nobody judged"""
     kind_ratios: dict[str, float | None]
     activated_ratio: float
     paper_ratio: float
@@ -60,13 +63,13 @@ class Row:
 
 
 def title(model: str) -> str:
-    """A model's name for people."""
+    """The name of the teacher or one of its sparse descendants, for people."""
     return TITLES.get(model, f"MoE-{model}")
 
 
 def kinds(inputs: Inputs) -> list[str]:
-    """The task kinds that were evaluated, in GenEval's order, others last."""
-    present = inputs.evaluations["teacher"].accuracy_by_kind
+    """The kinds of the prompts, in GenEval's order, others last."""
+    present = {picture.tag for picture in inputs.pictures["teacher"]}
     return [k for k in KIND_TITLES if k in present] + sorted(k for k in present if k not in KIND_TITLES)
 
 
@@ -74,17 +77,17 @@ def rows(inputs: Inputs) -> list[Row]:
     """The table, one row a model."""
     teacher = inputs.evaluations["teacher"]
     result = []
+    levels = ("L", *inputs.params.mob.levels)
     for model in inputs.models:
         own = inputs.evaluations[model]
         result.append(
             Row(
                 model=model,
-                title=title(model),
+                title=title(model) if model in (*TITLES, *levels) else f"{model} (baseline)",
+                is_level=model in levels,
                 evaluation=own,
-                accuracy_ratio=_ratio(own.accuracy, teacher.accuracy) or 0.0,
-                kind_ratios={
-                    k: _ratio(own.accuracy_by_kind.get(k, 0.0), teacher.accuracy_by_kind[k]) for k in kinds(inputs)
-                },
+                accuracy_ratio=_accuracy_ratio(own.judged, teacher.judged),
+                kind_ratios=_kind_ratios(own.judged, teacher.judged),
                 activated_ratio=own.params.activated / teacher.params.activated,
                 paper_ratio=own.params.activated_paper / teacher.params.activated_paper,
                 flops_ratio=own.flops / teacher.flops,
@@ -94,6 +97,16 @@ def rows(inputs: Inputs) -> list[Row]:
             )
         )
     return result
+
+
+def _accuracy_ratio(own: Judged | None, teacher: Judged | None) -> float | None:
+    return None if own is None or teacher is None else _ratio(own.accuracy, teacher.accuracy) or 0.0
+
+
+def _kind_ratios(own: Judged | None, teacher: Judged | None) -> dict[str, float | None]:
+    if own is None or teacher is None:
+        return {}
+    return {kind: _ratio(own.accuracy_by_kind.get(kind, 0.0), base) for kind, base in teacher.accuracy_by_kind.items()}
 
 
 def _ratio(value: float, base: float) -> float | None:

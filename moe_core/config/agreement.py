@@ -35,7 +35,7 @@ def check_widths(moe: MoEConfig, width: int) -> None:
 
 
 def check_levels(mob: MoBConfig, models: Mapping[str, EvaluatedModel]) -> None:
-    """What is evaluated must be what is made; a level that starts from another keeps that one's groups."""
+    """What is evaluated must be what is made, and baselines in their folder; a level that starts from another keeps that one's groups."""
     made = {
         "teacher": "data/teacher/transformer",
         "shared": "data/checkpoints/shared_expert",
@@ -44,13 +44,20 @@ def check_levels(mob: MoBConfig, models: Mapping[str, EvaluatedModel]) -> None:
     }
     if taken := {"teacher", "shared", "L"} & set(mob.levels):
         raise ValueError(f"mob.levels has {min(taken)}; that is the name of another model")
-    if {name: model.checkpoint for name, model in models.items()} != made:
-        wrong = [name for name in {**made, **models} if name not in models or models[name].checkpoint != made.get(name)]
+    places = {name: made.get(name, f"data/baselines/{name}") for name in {**made, **models}}
+    if wrong := [name for name, place in places.items() if name not in models or models[name].checkpoint != place]:
         raise ValueError(
             f"models.{wrong[0]} is {models[wrong[0]].checkpoint if wrong[0] in models else 'missing'}; with mob.levels"
-            f" {', '.join(mob.levels) or 'none'} models must be {', '.join(made)}, and {wrong[0]}'s checkpoint"
-            f" {made.get(wrong[0], 'none')}"
+            f" {', '.join(mob.levels) or 'none'} models must be {', '.join(made)} and baselines, and {wrong[0]}'s checkpoint"
+            f" {places[wrong[0]]}"
         )
+    for name in models.keys() - made.keys():
+        if not name.isidentifier():
+            raise ValueError(f"models has '{name}'; a baseline's name must be of letters, digits and _ alone")
+        if models[name].reference != "data/images/teacher":
+            raise ValueError(
+                f"models.{name}.reference is {models[name].reference}; a baseline's must be data/images/teacher"
+            )
     starts = {"teacher", "checkpoints/moe", *(f"checkpoints/mob/{level}" for level in mob.levels)}
     for level, config in mob.levels.items():
         if config.init not in starts - {f"checkpoints/mob/{level}"}:
@@ -125,6 +132,11 @@ def check_samples(params: Params) -> None:
         raise ValueError(
             f"kd.validation_samples is {params.kd.validation_samples}, but data.shard.validation_samples keeps only"
             f" {shard.validation_samples}"
+        )
+    if params.eval.classifier is not None and params.data.kind != "embedded":
+        raise ValueError(
+            f"eval.classifier is set, but data.kind is {params.data.kind}; it finds the embedded digits and nothing else:"
+            " eval.classifier=null makes pictures that nobody judges"
         )
     if embedded is not None and params.model.resolution % (unit := embedded.grid * DIGIT_PIXELS):
         raise ValueError(

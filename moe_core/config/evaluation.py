@@ -33,7 +33,9 @@ class EvalConfig(Section):
 
     prompts: int = Field(gt=1, description="two at least: of one picture there is no covariance, hence no FID")
     batch_size: int = Field(gt=0, description="images a unit of work; fixed, so that results do not depend on workers")
-    classifier: ClassifierConfig
+    classifier: ClassifierConfig | None = Field(
+        description="what finds the objects of a picture; null judges nothing, as for pictures of any kind there is no such classifier"
+    )
     latency_batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((1,), min_length=1)
     latency_rounds: int = Field(gt=0)
     gallery: int = Field(8, gt=0, description="prompts in the report's same-noise gallery")

@@ -115,7 +115,16 @@ def doubles(**groups: int) -> dict[str, Any]:
         ),
         (
             {"models.lite": {"checkpoint": "data/lite", "reference": "data/images/teacher"}},
-            "models.lite is data/lite; with mob.levels M, S, XS models must be teacher, shared, L, M, S, XS, and lite's",
+            "models.lite is data/lite; .* models must be teacher, shared, L, M, S, XS and baselines, and lite's checkpoint"
+            " data/baselines/lite",
+        ),
+        (
+            {"models.lite": {"checkpoint": "data/baselines/lite", "reference": "data/images/L"}},
+            "models.lite.reference is data/images/L; a baseline's must be data/images/teacher",
+        ),
+        (
+            {"models.flux-lite": {"checkpoint": "data/baselines/flux-lite", "reference": "data/images/teacher"}},
+            "models has 'flux-lite'; a baseline's name must be of letters",
         ),
         (
             {"moe.dense_double_blocks": [1], **doubles(groups=2, size=2)},

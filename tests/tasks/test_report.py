@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -44,6 +45,11 @@ def outputs(root: Path) -> dict[str, bytes]:
 
 def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def judge(root: Path, model: str, **values: object) -> None:
+    path = root / "data" / "evaluations" / f"{model}.json"
+    change(path, judged=json.loads(path.read_text())["judged"] | values)
 
 
 def markdown_rows(root: Path) -> dict[str, list[str]]:
@@ -114,9 +120,13 @@ def test_table_has_the_numbers_of_the_inputs(built: Path) -> None:
             number, unit = cell.split()[:2]
             assert float(number) * scale[unit] == pytest.approx(value, rel=5e-3)
         assert float(slower) == pytest.approx(latency, abs=5e-3)
-        assert float(accuracy.removesuffix(" %")) == pytest.approx(100 * given["accuracy"], abs=0.05)
-        assert float(ratio) == pytest.approx(given["accuracy"] / made.ACCURACY["teacher"], abs=5e-4)
-        for cell, value in ((fid, given["fid"]), (distance, given["teacher_distance"]), (kd, given["kd_loss"])):
+        assert float(accuracy.removesuffix(" %")) == pytest.approx(100 * given["judged"]["accuracy"], abs=0.05)
+        assert float(ratio) == pytest.approx(given["judged"]["accuracy"] / made.ACCURACY["teacher"], abs=5e-4)
+        for cell, value in (
+            (fid, given["judged"]["fid"]),
+            (distance, given["teacher_distance"]),
+            (kd, given["kd_loss"]),
+        ):
             assert float(cell) == pytest.approx(value, rel=5e-3, abs=1e-9)
 
 
@@ -153,8 +163,8 @@ def test_a_missing_input_is_named_with_its_stage(root: Path, path: str, stage: s
 
 
 def test_a_malformed_input_is_named_with_its_key(root: Path) -> None:
-    change(root / "data" / "evaluations" / "S.json", accuracy="good")
-    with pytest.raises(DataError, match=r"evaluations/S\.json: accuracy: .*number.*stage evaluate@S"):
+    judge(root, "S", accuracy="good")
+    with pytest.raises(DataError, match=r"evaluations/S\.json: judged\.accuracy: .*number.*stage evaluate@S"):
         load(root, made.params(), EMPTY)
 
 
@@ -192,8 +202,8 @@ def test_findings_follow_the_targets(root: Path) -> None:
         return {name: f.mark for f in found for name in ("MoE-L", "MoE-XS") if f.text.startswith(f"{name} keeps")}
 
     assert marks() == {"MoE-L": "holds", "MoE-XS": "short"}
-    change(root / "data" / "evaluations" / "XS.json", accuracy=0.85 * made.ACCURACY["teacher"] + 1e-9)
-    change(root / "data" / "evaluations" / "L.json", accuracy=0.97 * made.ACCURACY["teacher"] - 1e-3)
+    judge(root, "XS", accuracy=0.85 * made.ACCURACY["teacher"] + 1e-9)
+    judge(root, "L", accuracy=0.97 * made.ACCURACY["teacher"] - 1e-3)
     assert marks() == {"MoE-L": "short", "MoE-XS": "holds"}
 
 
@@ -251,6 +261,50 @@ def test_without_mob_levels_the_report_ends_at_l(root: Path) -> None:
     report.build(root, params, EMPTY)
     assert list(markdown_rows(root)) == ["Teacher (dense)", "Shared experts only", "MoE-L"]
     assert not (root / "reports" / "figures" / "block_use.svg").exists()
+
+
+def test_pictures_that_nobody_judged_have_no_accuracy(root: Path) -> None:
+    params = made.params()
+    params = params.model_copy(update={"eval": params.eval.model_copy(update={"classifier": None})})
+    with pytest.raises(DataError, match=r"evaluations/teacher\.json: judged is there, .* eval\.classifier"):
+        report.build(root, params, EMPTY)
+    for path in (root / "data" / "evaluations").glob("*.json"):
+        change(path, judged=None)
+    for path in (root / "data" / "images").glob("*/prompts.jsonl"):
+        lines = [
+            json.dumps(json.loads(line) | {"tag": "caption", "correct": None}) for line in path.read_text().splitlines()
+        ]
+        path.write_text("\n".join(lines))
+    (root / "reports" / "stages" / "evaluator.json").write_text("{}")
+    report.build(root, params, EMPTY)
+    page, markdown = (outputs(root)[f"reports/{name}"].decode() for name in ("index.html", "report.md"))
+    assert all("Nobody judged the pictures" in text for text in (page, markdown))
+    assert not any(text in page for text in ("FID ↓", 'class="right"', "Accuracy by kind"))
+    assert not any(text in markdown for text in ("| FID", "Accuracy"))
+    assert [len(row) for row in markdown_rows(root).values()] == [8] * 6
+
+
+def test_a_baseline_is_a_row_but_no_level(root: Path) -> None:
+    params = made.params()
+    lite = params.models["S"].model_copy(update={"checkpoint": "data/baselines/lite"})
+    params = params.model_copy(update={"models": {**params.models, "lite": lite}})
+    shutil.copytree(root / "data" / "images" / "S", root / "data" / "images" / "lite")
+    own = json.loads((root / "data" / "evaluations" / "S.json").read_text())
+    # Its loss is out of the levels' order, and no finding about levels minds.
+    own |= {
+        "expert_use": {},
+        "expert_use_by_timestep": {},
+        "block_use": {},
+        "block_use_by_timestep": {},
+        "kd_loss": 1e-9,
+    }
+    (root / "data" / "evaluations" / "lite.json").write_text(json.dumps(own))
+    latency = json.loads((root / "reports" / "latency.json").read_text())["models"]
+    change(root / "reports" / "latency.json", models=latency | {"lite": latency["S"]})
+    before = [f.text for f in report_findings.findings(load(root, made.params(), EMPTY))]
+    report.build(root, params, EMPTY)
+    assert list(markdown_rows(root))[-1] == "lite (baseline)"
+    assert [f.text for f in report_findings.findings(load(root, params, EMPTY))] == before
 
 
 @pytest.mark.parametrize(
