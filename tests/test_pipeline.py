@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,9 @@ import yaml
 from dvc.repo import Repo
 
 from flows.parameters import compose
-from flows.workspace import python_environment
 from moe_core.sampling import load_pipeline
 from tasks.tracking import metrics_frame
+from tests.clones import clone, dvc
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,8 +20,6 @@ pytestmark = [
     # MLflow's use of SQLAlchemy and others'.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-
-ROOT = Path(__file__).parents[1]
 
 FEW_STEPS = [
     "model.training.vae.steps=20",
@@ -56,24 +52,11 @@ MODELS = ("teacher", "shared", "L", "M", "S", "XS")
 LEVELS = ("M", "S", "XS")
 
 
-def dvc(folder: Path, *arguments: str) -> str:
-    """Output of a DVC command; a failure shows what it said."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=folder,
-        env=python_environment(folder),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone in which `dvc repro` has run to its end."""
     folder = tmp_path_factory.mktemp("pipeline") / "clone"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    clone(folder)
     compose(folder, "demo", FEW_STEPS)
     dvc(folder, "repro")
     return folder
