@@ -60,16 +60,17 @@ def test_from_the_form_to_the_finished_run(stack: Stack, page: Page, tmp_path: P
     fields = page.locator("textarea")
     # The override's, the name's, the commit's: before the first is there, the others stand in its place.
     expect(fields.nth(2)).to_be_visible()
-    fields.nth(0).fill("moe.top_k")
+    fields.nth(0).fill("moe.top_k=4")
     fields.nth(1).fill("by-hand")
+    keep(page, "run-form", tmp_path)
 
     # Refused as it stands: the field names the rule, and no run begins.
+    fields.nth(0).fill("moe.top_k")
     page.get_by_role("button", name="Submit").click()
     expect(page.get_by_text("does not match").first).to_be_visible()
     assert not runs_by_hand(stack)
 
     fields.nth(0).fill("moe.top_k=4")
-    keep(page, "run-form", tmp_path)
     until(lambda: submitted(page), PATIENCE_S)
     (flow_run,) = runs_by_hand(stack)
     assert stack.wait(flow_run)["type"] == "COMPLETED", stack.logs(flow_run)
