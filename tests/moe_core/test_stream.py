@@ -214,6 +214,17 @@ def test_memory_is_used_again_only_when_nobody_holds_it(tmp_path: Path):
     assert torch.equal(other, teacher.get_parameter(names[3]))
 
 
+def test_tensors_may_start_at_any_byte(tmp_path: Path):
+    teacher = make_teacher()
+    dense = saved(teacher, tmp_path / "dense")
+    for path in dense.glob("*.safetensors"):
+        whole = path.read_bytes()
+        end = 8 + int.from_bytes(whole[:8], "little")
+        path.write_bytes((end - 7).to_bytes(8, "little") + whole[8:end] + b" " + whole[end:])
+    with ModelFolder(dense, FluxTransformer2DModel) as folder:
+        assert all(torch.equal(folder.read(name), tensor) for name, tensor in teacher.state_dict().items())
+
+
 # -- bad input
 
 NAME = "transformer_blocks.2.ff.net.0.proj.weight"
