@@ -21,6 +21,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
+from moe_core.buffers import Buffers
 from moe_core.errors import ConfigError
 
 MEASURED = 1024
@@ -104,14 +105,15 @@ def compressed_weights(teacher: FluxTransformer2DModel, compression: Compression
     Of the teacher only the structure is used; each weight is computed when its function is called, a layer at a time.
     """
     weights: dict[str, Weight] = {}
+    work = Buffers()
     for position, name in enumerate(embedder_outputs(teacher)):
         # What belongs to the sum of the embedders, not to one of them, is added once.
         bias = partial(_embedder_bias, compression.projection, position == 0)
         weights[f"{name}.weight"] = (f"{name}.weight",), partial(_embedder_weight, compression.projection)
         weights[f"{name}.bias"] = (f"{name}.bias",), bias
     for name in adaln_linears(teacher):
-        weights[f"{name}.weight"] = (f"{name}.weight",), partial(_linear_weight, compression)
-        weights[f"{name}.bias"] = (f"{name}.bias", f"{name}.weight"), partial(_linear_bias, compression)
+        weights[f"{name}.weight"] = (f"{name}.weight",), partial(_linear_weight, compression, work)
+        weights[f"{name}.bias"] = (f"{name}.bias", f"{name}.weight"), partial(_linear_bias, compression, work)
     return weights
 
 
@@ -127,19 +129,23 @@ def _embedder_bias(projection: Projection, first: bool, bias_D: Tensor) -> Tenso
     return bias_C.to(bias_D.dtype)
 
 
-def _linear_weight(compression: Compression, weight_MD: Tensor) -> Tensor:
-    wide_MD = _widened(weight_MD)
+def _linear_weight(compression: Compression, work: Buffers, weight_MD: Tensor) -> Tensor:
+    wide_MD = _widened(work, weight_MD)
     return (wide_MD @ compression.fit_CD.to(wide_MD).T).to(weight_MD.dtype)
 
 
-def _linear_bias(compression: Compression, bias_M: Tensor, weight_MD: Tensor) -> Tensor:
-    wide_MD = _widened(weight_MD)
+def _linear_bias(compression: Compression, work: Buffers, bias_M: Tensor, weight_MD: Tensor) -> Tensor:
+    wide_MD = _widened(work, weight_MD)
     return (bias_M.to(wide_MD) + wide_MD @ compression.rest_D.to(wide_MD)).to(bias_M.dtype)
 
 
-def _widened(weight: Tensor) -> Tensor:
-    """fp32 for half precision, whose rounding hides fp32's a thousandfold: FLUX.1 has 3.2 B of these weights. fp64 for fp32."""
-    return weight.float() if weight.itemsize == 2 else weight.double()
+def _widened(work: Buffers, weight: Tensor) -> Tensor:
+    """fp32 for half precision, whose rounding hides fp32's a thousandfold: FLUX.1 has 3.2 B of these weights. fp64 for fp32.
+
+    As a whole, not some rows after others: how many there are decides in which order a product's sums are taken.
+    """
+    wide = torch.float32 if weight.itemsize == 2 else torch.float64
+    return work.empty(weight.shape, wide, weight.device).copy_(weight)
 
 
 class Start(NamedTuple):
@@ -195,7 +201,8 @@ def _spread(vectors_ND: Tensor) -> Tensor:
 
 
 def _compressed(compression: Compression, weight_MD: Tensor, bias_M: Tensor) -> tuple[Tensor, Tensor]:
-    return _linear_weight(compression, weight_MD), _linear_bias(compression, bias_M, weight_MD)
+    work = Buffers()
+    return _linear_weight(compression, work, weight_MD), _linear_bias(compression, work, bias_M, weight_MD)
 
 
 def _error(target_NM: Tensor, z_NC: Tensor, weight_MC: Tensor, bias_M: Tensor) -> float:

@@ -22,6 +22,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from moe_core import adaln, structure
+from moe_core.buffers import Buffers
 from moe_core.config import MoBConfig, MoBLevelConfig, MoEConfig
 from moe_core.errors import ConfigError
 from moe_core.mob import MoBGroup
@@ -171,16 +172,16 @@ def shared_recipe(
 ) -> Recipe:
     """How `to_shared` makes its student of the source `teacher`, of which only the structure is used."""
     student = on_meta(structure.shared_config(teacher.config, moe))
-    recipe, width = Recipe(student, {"teacher": teacher}), teacher.inner_dim
+    recipe, width, work = Recipe(student, {"teacher": teacher}), teacher.inner_dim, Buffers()
 
     def add(name: str, reads: Iterable[str], make: Callable[..., Tensor]) -> None:
         recipe.add(name, [Ref("teacher", read) for read in reads], make)
 
     for name, split in _splits(teacher, scores, moe, seed):
         ffn = dense_ffn(name, width)
-        add(f"{name}.shared.proj_in.weight", [ffn.w1], partial(_rows, split.shared))
-        add(f"{name}.shared.proj_in.bias", [ffn.b1], partial(_rows, split.shared))
-        add(f"{name}.shared.proj_out.weight", [ffn.w2], partial(_columns, ffn.first + split.shared))
+        add(f"{name}.shared.proj_in.weight", [ffn.w1], partial(_rows, work, split.shared))
+        add(f"{name}.shared.proj_in.bias", [ffn.b1], partial(_rows, work, split.shared))
+        add(f"{name}.shared.proj_out.weight", [ffn.w2], partial(_columns, work, ffn.first + split.shared))
         if ffn.b2 is not None:
             add(f"{name}.shared.proj_out.bias", [ffn.b2], unchanged)
         else:
@@ -225,15 +226,15 @@ def moe_recipe(
                 f"the teacher's {key} is {value}, but the shared-expert student's is {own[key]}; they must agree"
             )
     student = on_meta({**own, "moe": wanted, "conditioning_dim": config.conditioning_dim})
-    recipe = Recipe(student, {"student": shared_student, "teacher": teacher})
+    recipe, work = Recipe(student, {"student": shared_student, "teacher": teacher}), Buffers()
     for name, split in _splits(teacher, scores, moe, seed):
         ffn = dense_ffn(name, teacher.inner_dim)
         # Normal experts come in the precision of the shared one beside them: it may have been trained in another than the teacher's.
         like = Ref("student", f"{name}.shared.proj_in.bias")
         columns_EF = ffn.first + split.experts_EF
-        recipe.add(f"{name}.w1_EFD", [like, Ref("teacher", ffn.w1)], partial(_expert_rows, split.experts_EF))
-        recipe.add(f"{name}.b1_EF", [like, Ref("teacher", ffn.b1)], partial(_expert_rows, split.experts_EF))
-        recipe.add(f"{name}.w2_EDF", [like, Ref("teacher", ffn.w2)], partial(_expert_columns, columns_EF))
+        recipe.add(f"{name}.w1_EFD", [like, Ref("teacher", ffn.w1)], partial(_expert_rows, work, split.experts_EF))
+        recipe.add(f"{name}.b1_EF", [like, Ref("teacher", ffn.b1)], partial(_expert_rows, work, split.experts_EF))
+        recipe.add(f"{name}.w2_EDF", [like, Ref("teacher", ffn.w2)], partial(_expert_columns, work, columns_EF))
     recipe.keep("student")
     for name, shape in recipe.shapes.items():
         if name not in recipe.made:  # a router
@@ -309,28 +310,31 @@ def _first_parameter(model: nn.Module) -> Ref:
     return Ref("student", next(name for name, _ in model.named_parameters()))
 
 
-# What a recipe makes of a tensor.
+# What a recipe makes of a tensor; big ones in memory of `work`, which the recipe uses again for the next once its result was copied.
 
 
-def _rows(index: Tensor, tensor: Tensor) -> Tensor:
-    return tensor[index.to(tensor.device)]
+def _rows(work: Buffers, index: Tensor, tensor: Tensor) -> Tensor:
+    made = work.empty((index.numel(), *tensor.shape[1:]), tensor.dtype, tensor.device)
+    torch.index_select(tensor, 0, index.flatten().to(tensor.device), out=made)
+    return made.view(*index.shape, *tensor.shape[1:])
 
 
-def _columns(index: Tensor, matrix: Tensor) -> Tensor:
+def _columns(work: Buffers, index: Tensor, matrix: Tensor) -> Tensor:
+    made = work.empty((len(matrix), len(index)), matrix.dtype, matrix.device)
     # Twice as fast as `matrix[:, index]`.
-    return matrix.gather(1, index.to(matrix.device).expand(len(matrix), -1))
+    return torch.gather(matrix, 1, index.to(matrix.device).expand(len(matrix), -1), out=made)
 
 
 def _first_columns(count: int, matrix: Tensor) -> Tensor:
     return matrix[:, :count]
 
 
-def _expert_rows(experts_EF: Tensor, like: Tensor, tensor: Tensor) -> Tensor:
-    return _rows(experts_EF, tensor).to(like)
+def _expert_rows(work: Buffers, experts_EF: Tensor, like: Tensor, tensor: Tensor) -> Tensor:
+    return _rows(work, experts_EF, tensor).to(like)
 
 
-def _expert_columns(experts_EF: Tensor, like: Tensor, matrix_DF: Tensor) -> Tensor:
-    return _columns(experts_EF.flatten(), matrix_DF).view(-1, *experts_EF.shape).transpose(0, 1).to(like)
+def _expert_columns(work: Buffers, experts_EF: Tensor, like: Tensor, matrix_DF: Tensor) -> Tensor:
+    return _columns(work, experts_EF.flatten(), matrix_DF).view(-1, *experts_EF.shape).transpose(0, 1).to(like)
 
 
 def _drawn(shape: torch.Size, std: float, seed: int, name: str, like: Tensor) -> Tensor:

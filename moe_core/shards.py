@@ -1,35 +1,31 @@
 """Model folders tensor by tensor: read with plain reads, written in shards that diffusers reads. Never a whole model in memory.
 
 - Plain reads, not mapped files: a mapping's pages count as this process's memory until the file is closed, and its tensors start at any byte.
-- What is read next is asked for ahead; copying into files and waiting for the disk have a thread each. So the disk does not wait for the
-  arithmetic, nor the other way round.
+- Reading ahead and writing have a thread each: the disk does not wait for the arithmetic, nor the other way round. Both go around the page cache.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from moe_core import checkpoint
+from moe_core import checkpoint, direct
+from moe_core.buffers import PAGE, Buffers
 from moe_core.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-AHEAD_BYTES = 512 * 2**20
+AHEAD_BYTES = 256 * 2**20
 """How far ahead of the arithmetic files are read, and how much of what is made may wait to be written."""
-FLUSH_BYTES = 512 * 2**20
-"""How much is written between two calls that send it to the disk: not all at the end, when nothing else is left to do."""
 
 
 class ModelFolder:
@@ -52,7 +48,9 @@ class ModelFolder:
         self.tensors = checkpoint.check_weights(path, shapes)
         checkpoint.check_precision(path, self.tensors)
         self._files: dict[Path, int] = {}
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
+        self._reading = ThreadPoolExecutor(1, "read")
+        self._expected: dict[str, Future[Tensor]] = {}
 
     def dtype(self, name: str) -> torch.dtype:
         """The precision in which a tensor is stored."""
@@ -62,25 +60,33 @@ class ModelFolder:
         """A tensor's size in bytes."""
         return self.tensors[name].end - self.tensors[name].start
 
+    def expect(self, name: str) -> None:
+        """Begins to read a tensor; it waits in memory until it is asked for."""
+        self._expected[name] = self._reading.submit(self._read, name)
+
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own as long as it or a view of it lives. Raises CheckpointError if the file has become shorter."""
-        stored = self.tensors[name]
-        raw = self._buffers.take(self.size(name))
-        rest, at = raw.numpy().data, stored.start
-        while rest:
-            count = os.preadv(self._file(stored.path), [rest], at)
-            if not count:
-                raise CheckpointError(f"{stored.path}: ends at byte {at}, within tensor {name}")
-            rest, at = rest[count:], at + count
-        return raw.view(DTYPES[stored.dtype]).view(stored.shape)
+        if name not in self._expected:
+            self.expect(name)
+        return self._expected.pop(name).result()
 
-    def expect(self, name: str) -> None:
-        """Lets the disk fetch a tensor that will be read soon."""
+    def _read(self, name: str) -> Tensor:
+        """In the reading thread."""
         stored = self.tensors[name]
-        os.posix_fadvise(self._file(stored.path), stored.start, self.size(name), os.POSIX_FADV_WILLNEED)
+        if stored.path not in self._files:
+            self._files[stored.path] = direct.opened(stored.path, os.O_RDONLY)
+        raw = direct.read(self._files[stored.path], self._buffers, stored.start, stored.end)
+        if len(raw) < self.size(name):
+            raise CheckpointError(f"{stored.path}: ends at byte {stored.start + len(raw)}, within tensor {name}")
+        dtype = DTYPES[stored.dtype]
+        if stored.start % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).view(stored.shape)
 
     def close(self) -> None:
-        """Closes its files."""
+        """Closes its files. What was expected and not read is let go."""
+        self._reading.shutdown(cancel_futures=True)
+        self._expected.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -89,27 +95,6 @@ class ModelFolder:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _file(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
-
-
-class _Buffers:
-    """Memory that is read into again once nobody holds the tensor in it: clearing new pages takes the kernel longer than the reading itself."""
-
-    def __init__(self) -> None:
-        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-
-    def take(self, size: int) -> Tensor:
-        """So many bytes, of any content."""
-        free = self._free[size]
-        memory = free.pop() if free else torch.empty(size, dtype=torch.uint8).numpy()
-        lent = memory.view()
-        # The tensor's storage, which all of its views share, holds `lent` until it ends itself.
-        weakref.finalize(lent, free.append, memory).atexit = False
-        return torch.from_numpy(lent)
 
 
 class Entry(NamedTuple):
@@ -165,13 +150,14 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
         self._folder, self._shards, self._names = folder, shards, file_names(len(shards))
-        self._copying, self._flushing = ThreadPoolExecutor(1, "copy"), ThreadPoolExecutor(1, "flush")
-        self._copies: deque[tuple[Future[None], int]] = deque()
-        self._flushes: list[Future[None]] = []
+        self._writing = ThreadPoolExecutor(1, "write")
+        self._writes: deque[tuple[Future[None], int]] = deque()
         self._waiting = 0
+        self._buffers = Buffers()
+        self._begun = torch.empty(0, dtype=torch.uint8)
+        """The last bytes so far of a shard, not yet a page: they are written with the next tensor."""
         self._todo = deque((number, entry) for number, shard in enumerate(shards) for entry in shard)
         self._files: dict[int, int] = {}
-        self._unflushed = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -181,55 +167,52 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._copying.shutdown(cancel_futures=True)
-            self._flushing.shutdown(cancel_futures=True)
+            self._writing.shutdown(cancel_futures=True)
             for file in self._files.values():
                 os.close(file)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Takes the next tensor of the shards. It must not be changed afterwards. Raises CheckpointError if it is not the one expected."""
+        """Takes a copy of the next tensor of the shards. Raises CheckpointError if it is not the one expected."""
         number, entry = self._todo.popleft()
         if Entry(name, tensor.dtype, tuple(tensor.shape)) != entry:
             raise CheckpointError(
                 f"conversion made {name}, {tensor.dtype} {list(tensor.shape)}; it must be {entry.name}, {entry.dtype} {list(entry.shape)}"
             )
-        while self._copies and self._waiting + entry.size > AHEAD_BYTES:
+        while self._writes and self._waiting + entry.size > AHEAD_BYTES:
             self._take_back()
         last = not self._todo or self._todo[0][0] != number
-        raw = tensor.contiguous().view(-1).view(torch.uint8)
-        self._copies.append((self._copying.submit(self._write, number, raw, last), entry.size))
+        if number not in self._files:
+            self._files[number] = direct.opened(
+                self._folder / self._names[number], os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            )
+            self._begun = torch.frombuffer(bytearray(_header(self._shards[number])), dtype=torch.uint8)
+        start, end = len(self._begun), len(self._begun) + entry.size
+        # As much whatever has begun, so that tensors of a shape take each other's memory.
+        block = self._buffers.take(max(start, PAGE) + entry.size)
+        block[:start] = self._begun
+        block[start:end].view(entry.dtype).view(entry.shape).copy_(tensor)
+        whole = end if last else end - end % PAGE
+        self._begun = block[whole:end].clone()
+        self._writes.append((self._writing.submit(self._write, number, block[:whole], last), entry.size))
         self._waiting += entry.size
 
     def _take_back(self) -> None:
-        copy, size = self._copies.popleft()
-        copy.result()
+        write, size = self._writes.popleft()
+        write.result()
         self._waiting -= size
 
     def _finish(self) -> None:
-        while self._copies:
+        while self._writes:
             self._take_back()
-        for flush in self._flushes:
-            flush.result()
         if self._todo:
             raise CheckpointError(f"conversion did not make {self._todo[0][1].name}")
         write_index(self._folder, self._shards)
 
     def _write(self, number: int, raw: Tensor, last: bool) -> None:
-        """In the copying thread."""
-        if number not in self._files:
-            path = self._folder / self._names[number]
-            self._files[number] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            _write_all(self._files[number], memoryview(_header(self._shards[number])))
-        _write_all(self._files[number], raw.numpy().data)
-        self._unflushed += len(raw)
-        if last or self._unflushed >= FLUSH_BYTES:
-            self._flushes.append(self._flushing.submit(os.fsync, self._files[number]))
-            self._unflushed = 0
-
-
-def _write_all(file: int, rest: memoryview) -> None:
-    while rest:
-        rest = rest[os.write(file, rest) :]
+        """In the writing thread."""
+        direct.write(self._files[number], raw)
+        if last:
+            os.fsync(self._files[number])
 
 
 def _header(shard: Sequence[Entry]) -> bytes:
