@@ -19,9 +19,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from moe_core import losses
@@ -30,10 +30,12 @@ from moe_core.distill import KDBatch, KDStep, predict
 from moe_core.importance import ImportanceAccumulator
 from moe_core.memory import LiveMemory, Peak, parameters_and_buffers
 from moe_core.mob import BlockRouting, MoBGroup
-from moe_core.sharding import lower_frozen
+from moe_core.moe import MoELayer
+from moe_core.sharding import EXPERT_WIDTH, lower_frozen
+from moe_core.teacher_training import VAEStep
 from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 
-TEACHER, STUDENT, OPTIMIZER = "teacher", "student", "optimizer"
+TEACHER, STUDENT, VAE, OPTIMIZER = "teacher", "student", "vae", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,12 @@ def kd_step(
     *,
     dtype: torch.dtype,
     masters: torch.dtype,
+    gradients_kept: float = 1.0,
 ) -> Cost:
     """One distillation step that is not the first: the optimizer has its state.
 
     `teacher`, `student`: configurations. `dtype`: what is computed in, and frozen weights are kept in; `masters`: the trained ones.
+    `gradients_kept`: share of the gradients' bytes that stays, where they are dealt out: by it the pass's worst moment is found.
     """
     with _fake():
         dense, sparse = _made(teacher, dtype), _made(student, masters)
@@ -91,7 +95,9 @@ def kd_step(
             with _computing_in(dtype):
                 return step(batch)["loss"]
 
-        return _train(step, {TEACHER: dense, STUDENT: sparse}, loss, build_optimizer, stage.optimizer.grad_clip)
+        return _train(
+            step, {TEACHER: dense, STUDENT: sparse}, loss, build_optimizer, stage.optimizer.grad_clip, gradients_kept
+        )
 
 
 def flow_step(config: Mapping[str, Any], inputs: Inputs, build_optimizer: BuildOptimizer, grad_clip: float) -> Cost:
@@ -106,28 +112,49 @@ def flow_step(config: Mapping[str, Any], inputs: Inputs, build_optimizer: BuildO
         return _train(model, {TEACHER: model}, loss, build_optimizer, grad_clip)
 
 
+def vae_step(
+    build: Callable[[], nn.Module], picture: tuple[int, ...], samples: int, build_optimizer: BuildOptimizer, clip: float
+) -> Cost:
+    """One step of training a VAE from nothing, in float32, on pictures of this shape, [3, S, S]."""
+    with _fake(), no_init_weights():
+        # What the loss weighs how costs nothing.
+        step = VAEStep(build(), kl_weight=1.0)
+
+        def loss() -> Tensor:
+            images = torch.empty(samples, *picture)
+            with torch.no_grad():
+                drawn = torch.empty_like(step.vae.encode(images[:1]).latent_dist.mean).expand(samples, -1, -1, -1)
+            return step({"images": images, "noise": drawn.clone()})["loss"]
+
+        return _train(step, {VAE: step}, loss, build_optimizer, clip)
+
+
 def _train(
     trainee: nn.Module,
     kinds: Mapping[str, nn.Module],
     loss: Callable[[], Tensor],
     build_optimizer: BuildOptimizer,
     grad_clip: float,
+    gradients_kept: float = 1.0,
 ) -> Cost:
     weights = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
-    optimizer, memory = build_optimizer(trainee), LiveMemory()
+    optimizer, memory = build_optimizer(trainee), _Counting(gradients_kept)
     for kind, module in kinds.items():
         memory.watch(parameters_and_buffers(module), kind)
     memory.watch_gradients(weights)
-    with memory, _Flops() as counter:
+    with memory:
         loss().backward()
         nn.utils.clip_grad_norm_(weights, grad_clip)
         passed, memory.peak = memory.peak, NOTHING
         with memory.all_new_is(OPTIMIZER):
             optimizer.step()
         # The update of the first step makes the optimizer's state; in every later pass that is there as well.
-        flops, update, made = counter.total, memory.peak, memory.live[OPTIMIZER]
+        flops, update, made = memory.flops, memory.peak, memory.live[OPTIMIZER]
         # So is that of blocks which no sample chose this time.
-        for weight in (idle := [weight for weight in weights if weight.grad is None]):
+        idle = [weight for weight in weights if weight.grad is None]
+        for weight in weights:
+            weight.grad = None
+        for weight in idle:
             weight.grad = torch.zeros_like(weight)
         if idle:
             with memory.all_new_is(OPTIMIZER):
@@ -155,31 +182,40 @@ def denoising_step(config: Mapping[str, Any], inputs: Inputs, dtype: torch.dtype
         return _pass(model, STUDENT, lambda: predict(model, _batch(model, inputs, dtype).to(dtype)))
 
 
-def trained_parameters(config: Mapping[str, Any], parts: Iterable[str]) -> int:
+def shape_of(config: Mapping[str, Any]) -> FluxMoETransformer2DModel:
+    """The model of a configuration without memory or values for its weights: for what is counted on it, again and again."""
+    with no_init_weights():
+        return on_meta(config)
+
+
+def trained_parameters(shape: FluxMoETransformer2DModel, parts: Iterable[str]) -> int:
     """How many parameters of a sparse model `parts` are, see `FluxMoETransformer2DModel.set_trainable`."""
-    return _trained(_with_trainable(config, parts))
+    shape.set_trainable(parts)
+    return _trained(shape)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of sharding: what is gathered at once."""
+    """A unit of sharding, by numbers of parameters."""
 
     parameters: int
     trained: int
+    across: int
+    """cut along another dimension than the first: FSDP2 puts their parts together in one more copy"""
 
 
-def largest_unit(config: Mapping[str, Any], parts: Iterable[str]) -> Unit:
-    """The largest block or MoB group."""
-    model = _with_trainable(config, parts)
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    units = [Unit(sum(p.numel() for p in block.parameters()), _trained(block)) for block in blocks]
-    return max(units, key=lambda unit: unit.parameters)
+def units(shape: FluxMoETransformer2DModel, parts: Iterable[str]) -> list[Unit]:
+    """Blocks and MoB groups, in the order in which they run."""
+    shape.set_trainable(parts)
+    return [
+        Unit(sum(p.numel() for p in block.parameters()), _trained(block), _across(block))
+        for block in (*shape.transformer_blocks, *shape.single_transformer_blocks)
+    ]
 
 
-def _with_trainable(config: Mapping[str, Any], parts: Iterable[str]) -> FluxMoETransformer2DModel:
-    model = on_meta(config)
-    model.set_trainable(parts)
-    return model
+def _across(block: nn.Module) -> int:
+    experts = [layer for layer in block.modules() if isinstance(layer, MoELayer) and layer.num_experts]
+    return sum(getattr(layer, name).numel() for layer in experts for name in EXPERT_WIDTH)
 
 
 def _trained(module: nn.Module) -> int:
@@ -191,21 +227,23 @@ def call(
 ) -> Cost:
     """A forward pass without gradients of any module, as a VAE or a text encoder: `run(module)` makes inputs and calls it."""
     with _fake(), torch.no_grad(), _made_as(dtype):
-        module = build().eval()
+        with no_init_weights():
+            module = build().eval()
         return _pass(module, kind, lambda: run(module))
 
 
 def _pass(module: nn.Module, kind: str, run: Callable[[], Any]) -> Cost:
-    memory = LiveMemory()
+    memory = _Counting()
     memory.watch(parameters_and_buffers(module), kind)
-    with memory, _Flops() as counter:
+    with memory:
         run()
-    return Cost(counter.total, memory.peak)
+    return Cost(memory.flops, memory.peak)
 
 
 def _made(config: Mapping[str, Any], dtype: torch.dtype) -> FluxMoETransformer2DModel:
     """A sparse or a dense transformer: a dense one is a sparse one without sparse parts."""
-    with _made_as(dtype):
+    # Values that nobody has need not be drawn.
+    with _made_as(dtype), no_init_weights():
         return FluxMoETransformer2DModel.from_config(dict(config))
 
 
@@ -261,18 +299,34 @@ def _in_turn(group: MoBGroup, routing: BlockRouting) -> list[list[int]]:
     return [sorted((sample + i) % count for i in range(active)) for sample in range(len(routing.indices_Bk))]
 
 
-class _Flops(TorchDispatchMode):
-    """Counts as `torch.utils.flop_counter` does, whose own mode cannot be in force during `torch.autograd.grad`."""
+class _Counting(LiveMemory):
+    """Memory and FLOPs in one mode: every operation pays for each.
 
-    def __init__(self) -> None:
+    FLOPs as `torch.utils.flop_counter` has them, whose own mode cannot be in force during `torch.autograd.grad`.
+    """
+
+    def __init__(self, gradients_kept: float = 1.0) -> None:
         super().__init__()
-        self.total = 0
+        self.flops = 0
+        self._kept = gradients_kept
+
+    def _raise_peak(self) -> None:
+        total = self.live.total() - round((1 - self._kept) * self.live["gradients"])
+        if total > self.peak.total:
+            self.peak = Peak(total, {kind: size for kind, size in self.live.items() if size})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            # Autograd and autocast ask this of every fake tensor, more often than all else: it need not go through `FakeTensorMode`.
+            return args[0].device
         output = func(*args, **(kwargs or {}))
+        self.made(output)
         if formula := _FORMULAS.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=output)
+            self.flops += formula(*args, **(kwargs or {}), out_val=output)
         return output
+
+
+_DEVICE = torch.ops.prim.device.default
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:

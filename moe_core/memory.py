@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,27 +67,44 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
+        self.made(output)
+        return output
+
+    def made(self, output: Any) -> None:
+        """Counts what an operation gave back."""
+        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         self._raise_peak()
-        return output
 
     def _count(self, tensor: Tensor, kind: str | None = None) -> None:
-        if tensor.device.type == "meta":
-            return
+        if isinstance(tensor, DTensor):
+            # It has the storage of the whole in name only; what is here is this process's part.
+            tensor = tensor._local_tensor
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        known = self._kinds.get(key)
+        known = self._kinds.get(storage._cdata)
         if known is None:
-            # PyTorch keeps a storage's Python object as long as the storage: this is called when the memory goes.
-            weakref.finalize(storage, self._forget, key)
+            if tensor.device.type == "meta":
+                return
         elif kind is None:
             return
-        else:
+        self._keep(storage, kind or self._new)
+
+    def _keep(self, storage: torch.UntypedStorage, kind: str) -> None:
+        key = storage._cdata
+        if known := self._kinds.get(key):
             self.live[known[0]] -= known[1]
-        self._kinds[key] = (kind or self._new, storage.nbytes())
-        self.live[self._kinds[key][0]] += self._kinds[key][1]
+        else:
+            # PyTorch keeps a storage's Python object as long as the storage: this is called when the memory goes.
+            weakref.finalize(storage, self._forget, key)
+        self._kinds[key] = (kind, storage.nbytes())
+        self.live[kind] += storage.nbytes()
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Counts a storage whose memory `resize_` gave or took, which is no operation and so is not seen: FSDP2 does so."""
+        known = self._kinds.get(storage._cdata)
+        self._keep(storage, known[0] if known else self._new)
+        self._raise_peak()
 
     def _forget(self, key: int) -> None:
         kind, size = self._kinds.pop(key)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FILE_BYTES = 2 * 2**30
 """Largest file of a written folder; also what its writer holds in memory."""
 
-_EXPERT_WIDTH = {"w1_EFD": 1, "b1_EF": 1, "w2_EDF": 2}
+EXPERT_WIDTH = {"w1_EFD": 1, "b1_EF": 1, "w2_EDF": 2}
 """Parameters of a MoELayer, and which of their dimensions is the expert width."""
 
 
@@ -74,7 +74,7 @@ def shard_flux(model: FluxTransformer2DModel, mesh: DeviceMesh, compute_dtype: t
         id(getattr(layer, name)): dim
         for layer in model.modules()
         if isinstance(layer, MoELayer) and layer.num_experts
-        for name, dim in _EXPERT_WIDTH.items()
+        for name, dim in EXPERT_WIDTH.items()
     }
 
     def placement(parameter: nn.Parameter) -> Shard | None:

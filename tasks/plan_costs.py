@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -17,13 +18,11 @@ from torch import nn
 
 from moe_core import accounting, dry_run, structure
 from moe_core.config import KDStageConfig, OptimizerConfig, Params
-from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, Cost, Inputs
+from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, VAE, Cost, Inputs, Unit
 from moe_core.memory import ACTIVATIONS
+from moe_core.transformer import FluxMoETransformer2DModel
 from tasks import checkpoints, optimizer
 from tasks.plan_teacher import Teacher
-
-GATHERED_UNITS = 3
-"""FSDP2's units whole at once: the one that runs, the next one, and its copy out of the gathering buffer."""
 
 MASTER_BYTES = 4
 MOMENTS = {"muon": 1.0, "adamw": 2.0, "adamw8bit": 0.5}
@@ -62,6 +61,7 @@ class Costs:
         self.image_tokens = teacher.image_tokens(params.model.resolution)
         self.text_tokens = params.model.max_sequence_length
         self.given = torch.bfloat16 if params.model.precision == "bf16" else torch.float32
+        self._shapes: dict[str, FluxMoETransformer2DModel] = {}
 
     def stages(self) -> list[StageCost]:
         """One each; those that compute next to nothing are left out."""
@@ -97,18 +97,25 @@ class Costs:
 
     def teacher_stage(self) -> StageCost:
         """A given teacher is copied; of one that is trained, the transformer's training counts."""
-        counts = accounting.count(self.configs["teacher"])
+        counts = accounting.count(self._shape(self.configs["teacher"]))
         disk = sum(self._sizes.values()) * self.given.itemsize
         training = self.params.model.training
         if training is None:
             work = "copied" if self.params.model.lora is None else "copied, a LoRA fused"
             return StageCost("teacher", work, disk=disk, parameters=counts)
         config = training.transformer
-        cost = self._teacher_step(config)
-        steps = config.steps * config.batch_size / self._local("teacher", config)
+        flow, vae = self._flow_step(config), self._vae_step(training.vae)
+        # The transformer's trainee holds the whole pipeline; before it the VAE is trained alone.
+        together = {
+            **flow.most.by_kind,
+            "text encoders": self._text(torch.float32)[1],
+            VAE: float(self._sizes[VAE] * MASTER_BYTES),
+        }
+        memory = max(together, vae.most.by_kind, key=lambda kinds: sum(kinds.values()))
+        flops = self._passes("teacher", config) * flow.flops + self._passes("teacher", training.vae) * vae.flops
         state = self._checkpoint(config, counts.total)
         return StageCost(
-            "teacher", f"{config.steps} steps of {config.batch_size}", steps * cost.flops, cost.most.by_kind, disk + state, counts,
+            "teacher", f"{config.steps} steps of {config.batch_size}", flops, memory, disk + state, counts,
             gpus=self._gpus("teacher"),
         )  # fmt: skip
 
@@ -117,13 +124,19 @@ class Costs:
         shard, model = self.params.data.shard, self.params.model
         known = self.params.data.embedded.samples if self.params.data.embedded else None
         count, size = known or 1000, shard.batch_size
-        side = model.resolution
-        shape = (size, 3, side, side)
-        cost = dry_run.call(self.teacher.build_vae, partial(_encode, shape), "vae")
-        latent = self.image_tokens * int(self.teacher.transformer["in_channels"]) * torch.float32.itemsize
+        width, height = max(self.params.data.buckets_or(model.resolution), key=math.prod)
+        cost = dry_run.call(self.teacher.build_vae, partial(_encode, (size, 3, height, width)), VAE)
+        memory: dict[str, float] = dict(cost.most.by_kind)
+        flops = cost.flops / size
+        kept = self.image_tokens * int(self.teacher.transformer["in_channels"]) * torch.float32.itemsize
+        if shard.text_embeddings == "stored":
+            text_flops, memory["text encoders"] = self._text(torch.bfloat16)
+            features = self.text_tokens * int(self.teacher.transformer["joint_attention_dim"])
+            kept += (features + int(self.teacher.transformer["pooled_projection_dim"])) * torch.bfloat16.itemsize
+            flops += text_flops
         return StageCost(
-            "shard", f"{count} pictures" + ("" if known else " (each thousand)"), cost.flops * count / size,
-            cost.most.by_kind, latent * count, gpus=self._gpus("shard"),
+            "shard", f"{count} pictures" + ("" if known else " (each thousand)"), flops * count,
+            memory, kept * count, gpus=self._gpus("shard"),
         )  # fmt: skip
 
     def importance(self) -> StageCost:
@@ -147,8 +160,10 @@ class Costs:
         cost = dry_run.kd_step(
             self.teacher.transformer, config, stage, self._inputs(local), partial(optimizer.build, optim),
             dtype=low, masters=low if sharded else torch.float32,
+            gradients_kept=MASTER_BYTES / low.itemsize / compute.num_workers if sharded else 1.0,
         )  # fmt: skip
-        counts, trained = accounting.count(config), dry_run.trained_parameters(config, stage.train)
+        shape = self._shape(config)
+        counts, trained = accounting.count(shape), dry_run.trained_parameters(shape, stage.train)
         memory: dict[str, float] = dict(cost.most.by_kind)
         text_flops, text_memory = self._text(low)
         if sharded:
@@ -174,15 +189,13 @@ class Costs:
         prompts, size = params.eval.prompts, params.eval.batch_size
         step = dry_run.denoising_step(self.configs[name], self._inputs(min(size, prompts)), self.given)
         text_flops, text_memory = self._text(self.given)
-        side = self.image_tokens**0.5 * 2
-        shape = (min(size, prompts), int(self.teacher.vae["latent_channels"]), int(side), int(side))
-        decode = dry_run.call(self.teacher.build_vae, partial(_decode, shape), "vae", self.given)
+        decode, count = self._decoding, min(size, prompts)
         picture = params.model.num_inference_steps * step.flops / min(size, prompts) + text_flops
-        flops = prompts * (picture + decode.flops / shape[0])
+        flops = prompts * (picture + decode.flops / count)
         weights, passing = step.most.by_kind[STUDENT], step.most.by_kind.get(ACTIVATIONS, 0)
         memory = {
             "text encoders": text_memory,
-            "vae": decode.most.by_kind["vae"],
+            VAE: decode.most.by_kind[VAE],
             STUDENT: weights,
             ACTIVATIONS: passing,
         }
@@ -195,7 +208,7 @@ class Costs:
         validation = params.kd.validation_samples * (
             self._flops(self.configs["teacher"]) + self._flops(self.configs[name])
         )
-        counts = accounting.count(self.configs[name])
+        counts = accounting.count(self._shape(self.configs[name]))
         work = f"{prompts} pictures of {params.model.num_inference_steps} steps, {size} at once"
         return StageCost(
             f"evaluate@{name}", work, flops + validation, memory, parameters=counts,
@@ -208,20 +221,34 @@ class Costs:
         self, cost: Cost, config: Mapping[str, Any], stage: KDStageConfig, workers: int, low: torch.dtype
     ) -> dict[str, float]:
         """Of a step whose weights lie on `workers` GPUs: `cost` is that of whole models in `low`."""
-        trained, units = dry_run.trained_parameters(config, stage.train), dry_run.largest_unit(config, stage.train)
-        student = accounting.count(config).total
-        resident = {
+        shape = self._shape(config)
+        trained, student = dry_run.trained_parameters(shape, stage.train), accounting.count(shape).total
+        # Those that had arrived at the pass's worst moment: gradients come as activations go.
+        arrived = cost.peak.by_kind.get("gradients", 0) / low.itemsize
+        return {
             TEACHER: cost.most.by_kind[TEACHER] / workers,
             STUDENT: ((student - trained) * low.itemsize + trained * MASTER_BYTES) / workers,
-            "gradients": trained * MASTER_BYTES / workers,
+            "gradients": arrived * MASTER_BYTES / workers,
             OPTIMIZER: MOMENTS[stage.optimizer.optimizer] * trained * MASTER_BYTES / workers,
+            "gathered units": _gathered(dry_run.units(shape, stage.train), student, low.itemsize),
+            ACTIVATIONS: cost.peak.by_kind.get(ACTIVATIONS, 0),
         }
-        gathered = GATHERED_UNITS * units.parameters * low.itemsize + units.trained * (low.itemsize + MASTER_BYTES)
-        return {**resident, "gathered units": gathered, ACTIVATIONS: cost.peak.by_kind.get(ACTIVATIONS, 0)}
 
-    def _teacher_step(self, config: OptimizerConfig) -> Cost:
+    def _flow_step(self, config: OptimizerConfig) -> Cost:
         inputs = self._inputs(self._local("teacher", config))
         return dry_run.flow_step(self.teacher.transformer, inputs, partial(optimizer.build, config), config.grad_clip)
+
+    def _vae_step(self, config: OptimizerConfig) -> Cost:
+        picture, samples = (
+            (3, self.params.model.resolution, self.params.model.resolution),
+            self._local("teacher", config),
+        )
+        make = partial(optimizer.build, config)
+        return dry_run.vae_step(self.teacher.build_vae, picture, samples, make, config.grad_clip)
+
+    def _passes(self, stage: str, config: OptimizerConfig) -> float:
+        """Of one GPU's samples at once, all GPUs' together."""
+        return config.steps * config.batch_size / self._local(stage, config)
 
     def _inputs(self, samples: int) -> Inputs:
         return Inputs(samples, self.image_tokens, self.text_tokens)
@@ -234,7 +261,20 @@ class Costs:
         return max(1, self.params.compute.of(stage).num_workers)
 
     def _flops(self, config: Mapping[str, Any]) -> int:
-        return accounting.flops(config, self.image_tokens, self.text_tokens).total
+        return accounting.flops(self._shape(config), self.image_tokens, self.text_tokens).total
+
+    def _shape(self, config: Mapping[str, Any]) -> FluxMoETransformer2DModel:
+        key = json.dumps(dict(config), sort_keys=True)
+        if key not in self._shapes:
+            self._shapes[key] = dry_run.shape_of(config)
+        return self._shapes[key]
+
+    @cached_property
+    def _decoding(self) -> Cost:
+        """The VAE's, of as many pictures as evaluation makes at once: the same for every model."""
+        params, side = self.params.eval, int(self.image_tokens**0.5 * 2)
+        shape = (min(params.batch_size, params.prompts), int(self.teacher.vae["latent_channels"]), side, side)
+        return dry_run.call(self.teacher.build_vae, partial(_decode, shape), VAE, self.given)
 
     def _text(self, dtype: torch.dtype) -> tuple[float, float]:
         """FLOPs of encoding one prompt, and bytes of both encoders."""
@@ -262,6 +302,24 @@ class Costs:
 
 def _blocks(config: Mapping[str, Any]) -> int:
     return max(int(config["num_layers"]), int(config["num_single_layers"]))
+
+
+def _gathered(units: Sequence[Unit], parameters: int, low: int) -> float:
+    """Bytes that FSDP2 has of whole weights and gradients beside a GPU's parts, at the worst unit of a backward pass.
+
+    `low`: bytes of a gathered weight. A unit's gradients are summed in a copy of `MASTER_BYTES` each, kept until the next unit's.
+    """
+    most = 0
+    nothing = Unit(0, 0, 0)
+    # In a backward pass the later unit came before, and the earlier one is gathered ahead.
+    for earlier, unit, later in zip([nothing, *units], units, [*units[1:], nothing], strict=False):
+        # Gathered in one buffer, copied out into the weights.
+        copied = (2 * unit.parameters + unit.across) * low + later.trained * MASTER_BYTES
+        run = (unit.parameters + earlier.parameters + unit.trained) * low + later.trained * MASTER_BYTES
+        summed = earlier.parameters * low + unit.trained * (low + MASTER_BYTES)
+        most = max(most, copied, run, summed)
+    # What is in no block stays whole throughout.
+    return most + (parameters - sum(unit.parameters for unit in units)) * low
 
 
 def _encode(shape: tuple[int, ...], vae: Any) -> Any:

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_core import sampling, sharding
 from moe_core.config import OptimizerConfig
 from moe_core.distill import KDBatch, KDStep, validate_kd
+from moe_core.memory import LiveMemory, parameters_and_buffers
 from tasks import training
 from tasks.phase import Phase
 from tasks.worker import Worker
@@ -101,8 +104,8 @@ def phase(models: Path, kind: str, sharded: bool, steps: int = 50, name: str = "
     return Phase(name, "tests.tasks.sharded_kd:build", arguments, OptimizerConfig(**values), 25, 5, 5)
 
 
-def train(jobs: Sequence[Phase], folder: Path, workers: int) -> None:
-    """Runs the loop in so many processes of their own, on gloo."""
+def train(jobs: Sequence[Phase], folder: Path, workers: int, counted: bool = False) -> None:
+    """Runs the loop in so many processes of their own, on gloo; `counted`: and leaves what `_count_second_steps` found."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = [{**vars(job), "optimizer": job.optimizer.model_dump()} for job in jobs]
     (folder / "asked.json").write_text(json.dumps(asked))
@@ -110,7 +113,16 @@ def train(jobs: Sequence[Phase], folder: Path, workers: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.tasks.sharded_kd", str(rank), str(workers), str(store), str(folder)],
+            [
+                sys.executable,
+                "-m",
+                "tests.tasks.sharded_kd",
+                str(rank),
+                str(workers),
+                str(store),
+                str(folder),
+                str(int(counted)),
+            ],
             cwd=ROOT,
             env=environment,
         )
@@ -119,14 +131,50 @@ def train(jobs: Sequence[Phase], folder: Path, workers: int) -> None:
     assert [process.wait(400) for process in started] == [0] * workers
 
 
-def main(rank: int, workers: int, store: Path, folder: Path) -> None:
+def peaks(folder: Path, workers: int) -> list[dict[str, int]]:
+    """What `train` counted: of each process, phase -> most bytes of tensors during the second step."""
+    return [json.loads((folder / f"memory-{rank}.json").read_text()) for rank in range(workers)]
+
+
+@contextmanager
+def _count_second_steps(found: dict[str, int]) -> Iterator[None]:
+    """Fills `found` with each phase's most bytes in its second step, which begins with the optimizer's state."""
+    resize, step = torch.UntypedStorage.resize_, training._Loop._step
+
+    def counted(loop: Any, trainee: Any, module: Any, optim: Any, parameters: Any, number: int) -> None:
+        arguments = (loop, trainee, module, optim, parameters, number)
+        if number != 1:
+            return step(*arguments)
+        memory, encoders = LiveMemory(), (trainee.pipeline.text_encoder, trainee.pipeline.text_encoder_2)
+        for part in (trainee.student, trainee.module.teacher, *encoders):
+            memory.watch(parameters_and_buffers(part), "weights")
+        memory.watch([t for s in optim.state.values() for t in s.values() if isinstance(t, torch.Tensor)], "optimizer")
+
+        def resized(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            memory.resized(storage)
+
+        with mock.patch.object(torch.UntypedStorage, "resize_", resized), memory:
+            step(*arguments)
+        found[loop.phase.name] = memory.peak.total
+        return None
+
+    with mock.patch.object(training._Loop, "_step", counted):
+        yield
+
+
+def main(rank: int, workers: int, store: Path, folder: Path, counted: bool) -> None:
     """One of the processes."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
     asked = json.loads((folder / "asked.json").read_text())
     jobs = [Phase(**{**job, "optimizer": OptimizerConfig(**job["optimizer"])}) for job in asked]
-    training.run(jobs, folder, CPU, 1, 0)
+    found: dict[str, int] = {}
+    with _count_second_steps(found) if counted else nullcontext():
+        training.run(jobs, folder, CPU, 1, 0)
+    if counted:
+        (folder / f"memory-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5] == "1")

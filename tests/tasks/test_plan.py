@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 
 from moe_core import accounting, sampling, small_flux
-from moe_core.config import Params, parse
+from moe_core.config import OptimizerConfig, Params, parse
 from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import ConfigError
-from moe_core.memory import LiveMemory
-from tasks import command, importance, plan, training
+from moe_core.memory import LiveMemory, parameters_and_buffers
+from tasks import command, importance, plan, source, training
 from tasks.generation import Generator, Unit
 from tasks.params import compose
 from tasks.phase import Phase
 from tasks.plan_costs import Costs, StageCost
 from tasks.plan_teacher import describe
+from tasks.shard_workers import Encoder
+from tests.tasks import sharded_kd
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -54,7 +59,10 @@ def small() -> Params:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, small: Params) -> Path:
     """A checkout with a teacher and shards."""
-    folder = tmp_path_factory.mktemp("checkout")
+    return checkout(tmp_path_factory.mktemp("checkout"), small)
+
+
+def checkout(folder: Path, small: Params) -> Path:
     small_flux.build_pipeline(small.model, ["red seven"], 0).save_pretrained(folder / "data" / "teacher")
     shards = folder / "data" / "shards"
     shards.mkdir()
@@ -143,6 +151,95 @@ def test_planned_memory_is_near_what_the_stages_really_take(
 ) -> None:
     ratios = {stage: planned[stage].peak / bytes_ for stage, bytes_ in measured.items()}
     assert {stage: ratio for stage, ratio in ratios.items() if abs(ratio - 1) > WITHIN} == {}, ratios
+
+
+@pytest.mark.slow
+def test_planned_memory_of_training_a_teacher_and_of_encoding_is_near_what_they_really_take(
+    tmp_path: Path,
+) -> None:
+    sizes = [f"{phase}.{key}" for phase in ("vae", "text", "transformer") for key in ("steps=2", "batch_size=16")]
+    values = params(
+        *(
+            f"model.training.{size}"
+            for size in (*sizes, *(f"{p}.warmup_steps=0" for p in ("vae", "text", "transformer")))
+        ),
+        *("data.embedded.samples=150", f"data.shard.batch_size={SAMPLES}", "data.shard.text_embeddings=stored"),
+        *(f"{key}={SAMPLES}" for key in ("data.shard.validation_samples", "data.shard.calibration_samples")),
+        f"kd.validation_samples={SAMPLES}",
+    )
+    (tmp_path / "data").mkdir()
+    progress = SimpleNamespace(update=lambda *values: None)
+    source.source(
+        cast(
+            Any, SimpleNamespace(params=values, root=tmp_path, progress=progress, summary=lambda *values, **more: None)
+        )
+    )
+    shared = {"root": str(tmp_path), "params": values.model_dump(mode="json")}
+    finished = {name: str(tmp_path / name / "product") for name in ("vae", "text")}
+    training_of, costs = values.model.training, Costs(values, describe(values.model))
+    assert training_of is not None
+
+    def phase(name: str, **more: str) -> int:
+        config = getattr(training_of, name)
+        job = Phase(name, f"tasks.teacher:build_{name}", {**shared, **more}, config, 100, 100, 100)
+        return peak(lambda: training.run([job], tmp_path, CPU, 1, 0))
+
+    phases = {"vae": phase("vae"), "text": phase("text"), "transformer": phase("transformer", **finished)}
+    planned = {"vae": costs._vae_step(training_of.vae).most.total, "teacher": costs.teacher_stage().peak}
+    measured = {"vae": phases["vae"], "teacher": max(phases.values())}
+    encoder = Encoder(str(tmp_path / "transformer" / "product"), str(tmp_path / "parts"), ((16, 16),), SAMPLES, 1, 8)
+    encoder.parts.begin(0)
+    records = json.dumps([{"key": f"k{i}", "caption": "red seven", "meta": {}} for i in range(SAMPLES)]).encode()
+    pictures = bytes(SAMPLES * 16 * 16 * 3)
+    row = {"unit": 0, "chunk": 0, "bucket": 0, "pictures": pictures, "records": records}
+    memory, text = LiveMemory(), encoder.text
+    assert text is not None
+    for module in (encoder.vae, text.pipeline.text_encoder, text.pipeline.text_encoder_2):
+        memory.watch(parameters_and_buffers(module), "weights")
+    with memory:
+        encoder._chunk({name: pa.scalar(value) for name, value in row.items()})
+    planned["shard"], measured["shard"] = costs.shard().peak, memory.peak.total
+    ratios = {stage: planned[stage] / bytes_ for stage, bytes_ in measured.items()}
+    assert {stage: ratio for stage, ratio in ratios.items() if abs(ratio - 1) > WITHIN} == {}, ratios
+
+
+@pytest.mark.slow
+def test_planned_memory_is_near_what_sharded_weights_really_take(tmp_path: Path) -> None:
+    """Two processes train by the real loop; wide models and few samples, so that it is weights that count."""
+    wide = ["attention_head_dim=32", "num_attention_heads=4", "axes_dims_rope=[8,12,12]"]
+    batches = [f"{key}={value}" for key, value in {"batch_size": 4, "steps": 2, "warmup_steps": 0}.items()]
+    values = params(
+        *(f"model.transformer.{key}" for key in wide),
+        *(f"kd.{stage}.optimizer.{key}" for stage in ("moe", "mob") for key in batches),
+        *("kd.joint=true", "kd.moe.optimizer.precision=bf16", "kd.moe.gradient_checkpointing=true"),
+        *("kd.moe.optimizer.optimizer=adamw", "kd.mob.optimizer.optimizer=adamw", "mob.levels.M.init=teacher"),
+        *(f"{key}=4" for key in ("data.shard.validation_samples", "data.shard.calibration_samples")),
+        *("kd.validation_samples=2", "kd.importance_batch_size=4"),
+        *("compute.num_workers=2", "compute.sharding=full", "compute.text_encoders=sharded"),
+    )
+    place = checkout(tmp_path / "checkout", values)
+    (place / "units").mkdir()
+    importance.work(CPU, 1, place, values.model_dump(mode="json"), place / "units")
+    (place / "data" / "importance").mkdir()
+    importance.merge(place / "units", place / "data" / "importance")
+
+    def phase(module: str, optimizer: OptimizerConfig, **more: str) -> Phase:
+        shared = {"root": str(place), "params": values.model_dump(mode="json"), "made": str(place / module)}
+        return Phase(module, f"tasks.{module}:build", {**shared, **more}, optimizer, 100, 100, 100)
+
+    kd, costs = values.kd, Costs(values, describe(values.model))
+    jobs = [phase("moe_kd", kd.moe.optimizer), phase("mob_kd", kd.mob.optimizer, level="M")]
+    sharded_kd.train(jobs, tmp_path / "resume", 2, counted=True)
+    planned = {
+        "moe_kd": costs.distillation("moe_kd", kd.moe, costs.configs["L"]).peak,
+        "mob_kd": costs.distillation("mob_kd@M", kd.mob, costs.configs["M"]).peak,
+    }
+    ratios = [
+        {name: planned[name] / bytes_ for name, bytes_ in found.items()}
+        for found in sharded_kd.peaks(tmp_path / "resume", 2)
+    ]
+    assert all(set(found) == set(planned) for found in ratios)
+    assert all(abs(ratio - 1) <= WITHIN for found in ratios for ratio in found.values()), ratios
 
 
 def test_what_fits_and_what_does_not_is_said_by_name_and_number() -> None:
