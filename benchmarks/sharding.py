@@ -234,11 +234,11 @@ def staged(folder: Path, tars: Path, cores: int) -> dict[str, Any]:
             return contextlib.nullcontext()
 
     values = yaml.safe_load(Path("params.yaml").read_text())
-    preset = yaml.safe_load(Path("params/data/webdataset.yaml").read_text())
+    preset = yaml.safe_load(Path("params/data/webdataset.yaml").read_text())["data"]
     preset.update(path=str(tars), buckets=[list(bucket) for bucket in BUCKETS])
     preset["filters"].update(min_side=128, caption_min_chars=3)
     preset["shard"].update(batch_size=BATCH, validation_samples=64, calibration_samples=64)
-    values["data"] = preset
+    values["data"], values["eval"]["classifier"] = preset, None
     values["kd"]["validation_samples"] = 64
     values["compute"].update(num_workers=cores, cpus_per_worker=1, stages={})
     identity = Identity("shard", {str(SOURCE): "benchmark"}, {})

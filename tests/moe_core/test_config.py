@@ -62,6 +62,10 @@ def doubles(**groups: int) -> dict[str, Any]:
         ({"data.embedded": None}, "kind is 'embedded'; then embedded must be given"),
         ({"data.kind": "webdataset"}, "kind is 'webdataset'; then path must be given"),
         ({"data.kind": "webdataset", "data.path": "/x"}, "kind is 'webdataset'; then embedded must be null"),
+        (
+            {"data.kind": "webdataset", "data.path": "/x", "data.embedded": None},
+            "eval.classifier is set, but data.kind is webdataset; .*: eval.classifier=null",
+        ),
         ({"model.source": "folder"}, "source is 'folder'; then path must be given"),
         ({"model.lora": {"path": "x", "scale": 1.0}}, "lora is 'x', but source is 'train'; .* lora must be null"),
         ({"model.lora": {"path": "x", "scale": float("nan")}}, "model.lora.scale = nan"),

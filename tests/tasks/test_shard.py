@@ -73,6 +73,8 @@ def stage(project: Path, migrated: Path) -> Callable[..., Stage]:
         for section, changes in (data or {}).items():
             values["data"][section] = {**values["data"][section], **changes} if isinstance(changes, dict) else changes
         values["kd"]["validation_samples"] = 20
+        if values["data"]["kind"] != "embedded":
+            values["eval"]["classifier"] = None
         identity = Identity("shard", {str(SOURCE): "0" * 32 + ".dir"}, {})
         run = StageRun(project, identity)
         resume = ResumeFolder(project / ".resume", identity)
