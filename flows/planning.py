@@ -23,7 +23,8 @@ def show_plan(workspace: Workspace, environment: dict[str, str]) -> None:
     log, file = workspace.state / "logs" / "plan.log", workspace.state / "plan.md"
     log.unlink(missing_ok=True)
     process = processes.start(
-        ["python", "-m", "tasks.plan", "--to", str(file)],
+        # It may take a minute of one core, and nothing waits for it but a run on GPUs of a stated size: the first stages go first.
+        ["nice", "-n", "19", "python", "-m", "tasks.plan", "--to", str(file)],
         record=workspace.state / "groups" / "plan",
         log=log,
         cwd=workspace.path,

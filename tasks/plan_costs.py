@@ -11,12 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_core import accounting, dry_run, structure
+from moe_core import accounting, checkpoint, dry_run, structure
 from moe_core.config import KDStageConfig, OptimizerConfig, Params
 from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, VAE, Cost, Inputs, Unit
 from moe_core.memory import ACTIVATIONS
@@ -74,7 +75,7 @@ class Costs:
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Name of a model in the report -> its configuration."""
+        """Name of a model in the report -> its configuration. Raises CheckpointError for a baseline whose folder is not there."""
         dense, moe, mob = self.teacher.transformer, self.params.moe, self.params.mob
         found = {
             "teacher": structure.dense_part(dense),
@@ -91,7 +92,10 @@ class Costs:
             level = next(name for name in waiting if starts[mob.levels[name].init] in found)
             waiting.remove(level)
             found[level] = structure.mob_config(found[starts[mob.levels[level].init]], mob.levels[level], mob, change)
-        return {name: found[name] for name in ("teacher", "shared", "L", *mob.levels)}
+        baselines = {name: model.checkpoint for name, model in self.params.models.items() if name not in found}
+        for name, folder in baselines.items():
+            found[name] = structure.dense_part(checkpoint.read_config(Path(folder)))
+        return {name: found[name] for name in self.params.models}
 
     # -- stages
 
