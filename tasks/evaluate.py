@@ -22,7 +22,6 @@ from tasks.places import DENSE, EVALUATIONS, IMAGES, PROMPTS
 from tasks.prompts import read_prompts
 from tasks.stage import Stage, execute
 
-VALIDATION_BATCH = 64
 SHEET = 8
 """Pictures that MLflow shows side by side."""
 
@@ -38,7 +37,7 @@ def evaluate(name: str, folder: Path, stage: Stage) -> None:
     units = [Unit(cut, [records[i]["prompt"] for i in cut]) for cut in cuts]
     with contextlib.nullcontext() if params.compute.num_workers == 0 else stage.ray():
         done = partial(stage.progress.update, "generate")
-        made = generation.make((root, params, folder, dense), units, VALIDATION_BATCH, done)
+        made = generation.make((root, params, folder, dense), units, size, done)
     images = np.concatenate([unit.images for unit in made.pictures])
     judged = judgement.judge(root, params, records, images)
     with outs.folder(root / IMAGES / name) as out:

@@ -32,7 +32,10 @@ class EvalConfig(Section):
     """What is generated and measured."""
 
     prompts: int = Field(gt=1, description="two at least: of one picture there is no covariance, hence no FID")
-    batch_size: int = Field(gt=0, description="images a unit of work; fixed, so that results do not depend on workers")
+    batch_size: int = Field(
+        gt=0,
+        description="images a unit of work, and validation samples at once; fixed, so that results do not depend on workers",
+    )
     classifier: ClassifierConfig | None = Field(
         description="what finds the objects of a picture; null judges nothing, as for pictures of any kind there is no such classifier"
     )
