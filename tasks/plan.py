@@ -135,6 +135,8 @@ def _verdict(params: Params, stages: Sequence[StageCost]) -> list[str]:
 def _remedy(stage: str) -> str:
     if stage.startswith("evaluate"):
         return "Smaller: `eval.batch_size`."
+    if stage == "latency":
+        return "Smaller: `eval.latency_batch_sizes`."
     if stage in ("shard", "teacher"):
         return (
             "Smaller: `data.shard.batch_size`."

@@ -54,6 +54,18 @@ class StageCost:
         return sum(self.memory.values())
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Making pictures with one model, some at once."""
+
+    flops: float
+    """of one picture, its prompt and its decoding included"""
+    memory: Mapping[str, float]
+    """bytes by kind, while the transformer works"""
+    decoding: float
+    """bytes of activations while the VAE decodes"""
+
+
 class Costs:
     """All stages of the parameters, in the DAG's order."""
 
@@ -63,6 +75,8 @@ class Costs:
         self.text_tokens = params.model.max_sequence_length
         self.given = torch.bfloat16 if params.model.precision == "bf16" else torch.float32
         self._shapes: dict[str, FluxMoETransformer2DModel] = {}
+        self._samplings: dict[tuple[str, int], Sampling] = {}
+        self._decodings: dict[int, Cost] = {}
 
     def stages(self) -> list[StageCost]:
         """One each; those that compute next to nothing are left out."""
@@ -71,7 +85,7 @@ class Costs:
         made.append(self.distillation("moe_kd", self.params.kd.moe, self.configs["L"]))
         for level in self.params.mob.levels:
             made.append(self.distillation(f"mob_kd@{level}", self.params.kd.mob, self.configs[level]))
-        return made + [self.evaluation(name) for name in self.configs]
+        return [*made, *(self.evaluation(name) for name in self.configs), self.latency()]
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -189,24 +203,13 @@ class Costs:
 
     def evaluation(self, name: str) -> StageCost:
         """Pictures of all prompts, and the validation loss."""
-        params = self.params
+        params, made = self.params, self._sampling(name, min(self.params.eval.batch_size, self.params.eval.prompts))
         prompts, size = params.eval.prompts, params.eval.batch_size
-        step = dry_run.denoising_step(self.configs[name], self._inputs(min(size, prompts)), self.given)
-        text_flops, text_memory = self._text(self.given)
-        decode, count = self._decoding, min(size, prompts)
-        picture = params.model.num_inference_steps * step.flops / min(size, prompts) + text_flops
-        flops = prompts * (picture + decode.flops / count)
-        weights, passing = step.most.by_kind[STUDENT], step.most.by_kind.get(ACTIVATIONS, 0)
-        memory = {
-            "text encoders": text_memory,
-            VAE: decode.most.by_kind[VAE],
-            STUDENT: weights,
-            ACTIVATIONS: passing,
-        }
+        flops, memory = prompts * made.flops, dict(made.memory)
         beside = 0 if name == "teacher" else self._sizes["transformer"] * self.given.itemsize
         # Either the teacher is there for the validation loss, or the VAE decodes.
-        if (decoding := decode.most.by_kind[ACTIVATIONS]) > passing + beside:
-            memory[ACTIVATIONS] = decoding
+        if made.decoding > memory[ACTIVATIONS] + beside:
+            memory[ACTIVATIONS] = made.decoding
         else:
             memory[TEACHER] = beside
         validation = params.kd.validation_samples * (
@@ -219,7 +222,37 @@ class Costs:
             step_flops=self._flops(self.configs[name]), gpus=self._gpus("evaluate"),
         )  # fmt: skip
 
+    def latency(self) -> StageCost:
+        """Whole samplings of each model in turn with the teacher, which stays in memory beside it."""
+        sizes, rounds = self.params.eval.latency_batch_sizes, self.params.eval.latency_rounds + 1
+        made = {name: self._sampling(name, max(sizes)) for name in self.configs}
+        flops = rounds * sum(sizes) * sum(one.flops for one in made.values())
+        memory: dict[str, float] = {}
+        for name, one in made.items():
+            kinds = {**one.memory, ACTIVATIONS: max(one.memory[ACTIVATIONS], one.decoding)}
+            if name != "teacher":
+                flops += rounds * sum(sizes) * made["teacher"].flops
+                kinds[TEACHER] = made["teacher"].memory[STUDENT]
+            memory = max(memory, kinds, key=lambda kinds: sum(kinds.values()))
+        batches = " and ".join(str(size) for size in sizes)
+        return StageCost("latency", f"{rounds} rounds of {batches} at once, each model and the teacher", flops, memory)
+
     # -- pieces
+
+    def _sampling(self, name: str, count: int) -> Sampling:
+        """Of `count` pictures at once."""
+        if (name, count) not in self._samplings:
+            step = dry_run.denoising_step(self.configs[name], self._inputs(count), self.given)
+            decode, (text_flops, text_memory) = self._decoding(count), self._text(self.given)
+            memory = {
+                "text encoders": text_memory,
+                VAE: decode.most.by_kind[VAE],
+                STUDENT: step.most.by_kind[STUDENT],
+                ACTIVATIONS: step.most.by_kind.get(ACTIVATIONS, 0),
+            }
+            flops = (self.params.model.num_inference_steps * step.flops + decode.flops) / count + text_flops
+            self._samplings[name, count] = Sampling(flops, memory, decode.most.by_kind[ACTIVATIONS])
+        return self._samplings[name, count]
 
     def _sharded(
         self, cost: Cost, config: Mapping[str, Any], stage: KDStageConfig, workers: int, low: torch.dtype
@@ -227,7 +260,8 @@ class Costs:
         """Of a step whose weights lie on `workers` GPUs: `cost` is that of whole models in `low`."""
         shape = self._shape(config)
         trained, student = dry_run.trained_parameters(shape, stage.train), accounting.count(shape).total
-        # Those that had arrived at the pass's worst moment: gradients come as activations go.
+        # Those that had arrived at the pass's worst moment: gradients come as activations go. An update is less than a pass: AdamW
+        # works in place, and Muon gathers a matrix where a pass gathers blocks.
         arrived = cost.peak.by_kind.get("gradients", 0) / low.itemsize
         return {
             TEACHER: cost.most.by_kind[TEACHER] / workers,
@@ -273,12 +307,13 @@ class Costs:
             self._shapes[key] = dry_run.shape_of(config)
         return self._shapes[key]
 
-    @cached_property
-    def _decoding(self) -> Cost:
-        """The VAE's, of as many pictures as evaluation makes at once: the same for every model."""
-        params, side = self.params.eval, int(self.image_tokens**0.5 * 2)
-        shape = (min(params.batch_size, params.prompts), int(self.teacher.vae["latent_channels"]), side, side)
-        return dry_run.call(self.teacher.build_vae, partial(_decode, shape), VAE, self.given)
+    def _decoding(self, count: int) -> Cost:
+        """The VAE's, of `count` pictures: the same for every model."""
+        if count not in self._decodings:
+            side = int(self.image_tokens**0.5 * 2)
+            shape = (count, int(self.teacher.vae["latent_channels"]), side, side)
+            self._decodings[count] = dry_run.call(self.teacher.build_vae, partial(_decode, shape), VAE, self.given)
+        return self._decodings[count]
 
     def _text(self, dtype: torch.dtype) -> tuple[float, float]:
         """FLOPs of encoding one prompt, and bytes of both encoders."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,7 +21,7 @@ from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import ConfigError
 from moe_core.memory import LiveMemory, parameters_and_buffers
-from tasks import command, importance, plan, source, training
+from tasks import command, importance, latency, plan, source, training
 from tasks.generation import Generator, Unit
 from tasks.params import compose
 from tasks.phase import Phase
@@ -82,6 +82,7 @@ def planned(small: Params) -> dict[str, StageCost]:
         costs.distillation("mob_kd@M", kd.mob, costs.configs["M"]),
         costs.evaluation("teacher"),
         costs.evaluation("L"),
+        Costs(two_models(small), describe(small.model)).latency(),
     ]
     return {stage.stage: stage for stage in stages}
 
@@ -136,7 +137,21 @@ def measured(root: Path, small: Params) -> dict[str, int]:
     for name in ("teacher", "L"):
         folder = root / small.models[name].checkpoint
         found[f"evaluate@{name}"] = peak(partial(_evaluate, root, small, folder, name == "teacher", unit))
+    (root / "data" / "prompts.jsonl").write_text(json.dumps({"prompt": "red seven"}))
+    found["latency"] = peak(partial(latency.latency, quiet_stage(root, two_models(small))))
     return found
+
+
+def two_models(small: Params) -> Params:
+    """Timed, 8 pictures at once, one round; of the models only those that `measured` makes and judges."""
+    timing = small.eval.model_copy(update={"latency_batch_sizes": [8], "latency_rounds": 1})
+    return small.model_copy(update={"models": {name: small.models[name] for name in ("teacher", "L")}, "eval": timing})
+
+
+def quiet_stage(root: Path, values: Params) -> Any:
+    """A stage that tells nobody of what it does."""
+    nothing = SimpleNamespace(update=lambda *given: None, tag=lambda *given: None, metrics=lambda *given: None)
+    return SimpleNamespace(params=values, root=root, progress=nothing, run=nothing, summary=lambda *given, **more: None)
 
 
 def _evaluate(root: Path, small: Params, folder: Path, dense: bool, unit: Unit) -> None:
@@ -168,12 +183,7 @@ def test_planned_memory_of_training_a_teacher_and_of_encoding_is_near_what_they_
         f"kd.validation_samples={SAMPLES}",
     )
     (tmp_path / "data").mkdir()
-    progress = SimpleNamespace(update=lambda *values: None)
-    source.source(
-        cast(
-            Any, SimpleNamespace(params=values, root=tmp_path, progress=progress, summary=lambda *values, **more: None)
-        )
-    )
+    source.source(quiet_stage(tmp_path, values))
     shared = {"root": str(tmp_path), "params": values.model_dump(mode="json")}
     finished = {name: str(tmp_path / name / "product") for name in ("vae", "text")}
     training_of, costs = values.model.training, Costs(values, describe(values.model))
@@ -216,6 +226,9 @@ def test_planned_memory_is_near_what_sharded_weights_really_take(tmp_path: Path)
         *(f"{key}=4" for key in ("data.shard.validation_samples", "data.shard.calibration_samples")),
         *("kd.validation_samples=2", "kd.importance_batch_size=4"),
         *("compute.num_workers=2", "compute.sharding=full", "compute.text_encoders=sharded"),
+        # Muon gathers whole matrices.
+        *("kd.shared_expert.optimizer.batch_size=2", "kd.shared_expert.optimizer.optimizer=muon"),
+        *("kd.shared_expert.optimizer.steps=2", "kd.shared_expert.optimizer.warmup_steps=0"),
     )
     place = checkout(tmp_path / "checkout", values)
     (place / "units").mkdir()
@@ -228,9 +241,11 @@ def test_planned_memory_is_near_what_sharded_weights_really_take(tmp_path: Path)
         return Phase(module, f"tasks.{module}:build", {**shared, **more}, optimizer, 100, 100, 100)
 
     kd, costs = values.kd, Costs(values, describe(values.model))
-    jobs = [phase("moe_kd", kd.moe.optimizer), phase("mob_kd", kd.mob.optimizer, level="M")]
+    jobs = [phase("shared_expert_kd", kd.shared_expert.optimizer), phase("moe_kd", kd.moe.optimizer)]
+    jobs.append(phase("mob_kd", kd.mob.optimizer, level="M"))
     sharded_kd.train(jobs, tmp_path / "resume", 2, counted=True)
     planned = {
+        "shared_expert_kd": costs.distillation("shared_expert_kd", kd.shared_expert, costs.configs["shared"]).peak,
         "moe_kd": costs.distillation("moe_kd", kd.moe, costs.configs["L"]).peak,
         "mob_kd": costs.distillation("mob_kd@M", kd.mob, costs.configs["M"]).peak,
     }
