@@ -44,9 +44,9 @@ def bomb() -> bytes:
     )
 
 
-def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+def tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", format=format) as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
