@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from moe_core.config import DataConfig, FieldsConfig, FiltersConfig, parse
@@ -29,24 +30,28 @@ def image(width: int = 16, height: int = 16, shade: int = 200, kind: str = "PNG"
     return file.getvalue()
 
 
+def png(rows: NDArray[Any], bits: int, colour: int) -> bytes:
+    """A PNG of any depth and colour type; `rows`: [height, values of a row], big-endian."""
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    width = rows.shape[1] // {0: 1, 2: 3}[colour]
+    return _chunks(struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0), lines)
+
+
 def bomb() -> bytes:
     """A PNG of a few bytes that says it is 60,000 x 60,000 pixels."""
+    return _chunks(struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), b"\0" * 1000)
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
+def _chunks(header: bytes, lines: bytes) -> bytes:
+    kinds = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in kinds
     )
 
 
-def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+def tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", format=format) as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)

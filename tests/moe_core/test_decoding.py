@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from moe_core.config import FiltersConfig
+from moe_core.data.sources import decoding
 from moe_core.data.sources.decoding import Picture, decode, nearest
 from moe_core.data.sources.samples import Reject, Sample
-from tests.moe_core.sources_made import FILTERS, bomb, image
+from tests.moe_core.sources_made import FILTERS, bomb, image, png
 
 BUCKETS = ((64, 64), (96, 48), (48, 96))
 
@@ -85,6 +87,70 @@ def test_other_formats_are_decoded_whole():
     Image.fromarray(pixels).save(file, "PNG")
     expected = ImageOps.fit(Image.fromarray(pixels), (64, 64), Image.Resampling.BICUBIC)
     assert np.array_equal(_decoded(file.getvalue()).pixels, np.asarray(expected))
+
+
+def _saved(picture: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **more)
+    return file.getvalue()
+
+
+def test_16_bit_grey_is_scaled():
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    content = _saved(Image.fromarray(ramp))
+    assert Image.open(io.BytesIO(content)).mode == "I;16"
+    pixels = _decoded(content, (256, 256)).pixels
+    assert np.array_equal(pixels, np.repeat(ramp[..., None] // 256, 3, 2))
+    assert pixels.mean() == 127.5
+
+
+def test_16_bit_grey_is_the_grey_of_16_bit_colour():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 65536, (64, 64)).astype(">u2")
+    assert np.array_equal(_decoded(png(grey, 16, 0)).pixels, _decoded(png(np.repeat(grey, 3, 1), 16, 2)).pixels)
+
+
+def test_16_bit_grey_is_turned_and_resized():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.repeat(np.linspace(0, 65535, 400).astype(np.uint16)[None], 200, 0)
+    picture = _decoded(_saved(Image.fromarray(ramp), exif=exif.tobytes()))
+    assert picture.pixels.shape == (96, 48, 3)
+    assert np.abs(picture.pixels[:, 24, 0] - np.linspace(0, 255, 96)).max() < 3
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparency_is_dropped(mode: str):
+    grey = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
+    picture = Image.fromarray(grey)
+    if mode == "P":
+        content = _saved(picture.convert("P"), transparency=bytes(range(256)))
+    else:
+        picture = picture.convert(mode)
+        picture.putalpha(Image.fromarray(grey.T.copy()))
+        content = _saved(picture)
+    assert Image.open(io.BytesIO(content)).mode == mode
+    assert np.array_equal(_decoded(content).pixels, np.repeat(grey[..., None], 3, 2))
+
+
+def test_a_jpeg_of_printing_inks_has_the_colours_seen():
+    inks = Image.new("CMYK", (64, 64), (0, 255, 255, 0))
+    red = _decoded(_saved(inks, "JPEG")).pixels.astype(int)
+    assert np.abs(red - (255, 0, 0)).max() < 4
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_white_are_refused(mode: str, monkeypatch: pytest.MonkeyPatch):
+    sample = Sample("k", _saved(Image.new(mode, (64, 64), 1000), "TIFF"), "x")
+    found = decode(sample, BUCKETS, FILTERS)
+    assert isinstance(found, Reject)
+    assert found.reason == "broken_image"
+    # Whatever format they come in.
+    monkeypatch.setattr(decoding, "_FORMATS", ("TIFF",))
+    found = decode(sample, BUCKETS, FILTERS)
+    assert isinstance(found, Reject)
+    assert found.reason == "broken_image"
+    assert f"mode {mode} has no white" in found.detail
 
 
 @pytest.mark.parametrize(

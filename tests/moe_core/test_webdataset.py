@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_core.data.sources import webdataset
-from moe_core.data.sources.samples import Reject, Sample
+from moe_core.data.sources.samples import UNREADABLE, Reject, Sample
 from moe_core.errors import DataError
 from tests.moe_core.sources_made import FIELDS, FILTERS, bomb, config, image, keys, read, reasons, tar
 
@@ -102,6 +102,64 @@ def test_a_file_that_is_no_tar_is_a_reject(tmp_path: Path, content: bytes):
     kept, rejects = read(config("webdataset", tmp_path))
     assert (keys(kept), reasons(rejects)) == (["y/a"], ["unreadable_file"])
     assert f"x.tar ({len(content)} bytes) cannot be read as a tar" in rejects[0].detail
+
+
+def _header(size: int, kind: bytes = tarfile.REGTYPE, extended: bool = False) -> bytes:
+    """A header of member z.bin with this size and a right checksum; `extended`: a map of holes goes on in the next block."""
+    member = tarfile.TarInfo("z.bin")
+    member.type = kind
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = bytes([0xFF if size < 0 else 0x80]) + (size % 256**11).to_bytes(11, "big")
+    header[482] = extended
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def _extension(content: bytes, kind: bytes) -> bytes:
+    return _header(len(content), kind) + content + b"\0" * (-len(content) % 512)
+
+
+HOSTILE = {
+    "the next header is this one": _header(-512),
+    "the next header is the one before": _header(-1024),
+    "a size that means all there is": _header(-1),
+    "the next header is this one, says an extension": _extension(b"14 size=-1536\n", tarfile.XHDTYPE) + _header(0),
+    "the next header is this one, which has holes": _header(-512, tarfile.GNUTYPE_SPARSE),
+    "names without end": _extension(b"x\0", tarfile.GNUTYPE_LONGNAME) * 1200,
+    "a name that no memory holds": _header(2**45, tarfile.GNUTYPE_LONGNAME),
+    "a name of no size that there is": _header(2**80, tarfile.GNUTYPE_LONGNAME),
+    "an extension that takes minutes": _extension(b"1" * 2**18, tarfile.XHDTYPE),
+}
+
+
+@pytest.mark.timeout(20, method="signal")
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("before", [[], _pair("a")], ids=["first", "later"])
+def test_a_header_made_to_harm_ends_its_tar_and_nothing_else(
+    tmp_path: Path, before: list[tuple[str, bytes]], hostile: bytes
+):
+    path = tar(tmp_path / "x.tar", before)
+    good = tar(tmp_path / "y.tar", _pair("a", 1)).read_bytes()
+    path.write_bytes(path.read_bytes()[: 2048 if before else 0] + hostile + good)
+    kept, (reject,) = read(config("webdataset", tmp_path))
+    assert keys(kept) == [*(["x/a"] if before else []), "y/a"]
+    assert reject.reason in UNREADABLE
+    assert f"x.tar ({path.stat().st_size} bytes)" in reject.detail
+
+
+def test_a_map_of_holes_that_is_cut_off_is_a_reject(tmp_path: Path):
+    path = tar(tmp_path / "x.tar", _pair("a"))
+    path.write_bytes(path.read_bytes()[:2048] + _header(0, tarfile.GNUTYPE_SPARSE, extended=True))
+    kept, rejects = read(config("webdataset", tmp_path))
+    assert (keys(kept), reasons(rejects)) == (["x/a"], ["truncated_tar"])
+
+
+def test_a_long_name_is_read(tmp_path: Path):
+    name = "/".join("0123456789" * 20 for _ in range(20))
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tar(tmp_path / "x.tar", _pair(name), format)
+        assert [entry.key for entry in _samples(path)] == [f"x/{name}"]
 
 
 def test_a_folder_without_tars_raises(tmp_path: Path):

@@ -3,6 +3,7 @@
 - A picture goes to the bucket of the nearest aspect ratio, is cut there centred, and resized (bicubic).
 - A JPEG at least twice as large as its bucket is decoded at a half, a quarter or an eighth, still no smaller than twice the
   bucket: libjpeg leaves out what the resizing would, at a fraction of the time. Other formats are decoded whole.
+- Of 16 bits the upper eight are kept. Transparency is dropped: a pixel has the colour that is stored under it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,17 @@ def _decode(sample: Sample, buckets: Sequence[tuple[int, int]], filters: Filters
     image.draft(None, (needed[0] * _SPARE, needed[1] * _SPARE))
     ImageOps.exif_transpose(image, in_place=True)
     # Both would copy a picture that they do not change.
-    picture: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
+    picture: Image.Image = image if image.mode == "RGB" else _rgb(image)
     if picture.size != bucket:
         picture = ImageOps.fit(picture, bucket, Image.Resampling.BICUBIC)
     return Picture(number, np.asarray(picture))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The picture in mode RGB; raises ValueError if nothing says which of its values is white."""
+    if image.mode.startswith("I;16"):
+        # `convert` would make everything from 255 on white. Pillow keeps the upper byte of 16-bit colour, so grey is cut likewise.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has no white")
+    return image.convert("RGB")

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from moe_core.config import FieldsConfig, FiltersConfig
 from moe_core.data.sources import records
@@ -24,6 +25,16 @@ from moe_core.errors import DataError
 
 TRUNCATED = "truncated_tar"
 _BLOCK = tarfile.BLOCKSIZE
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Types of header that hold a longer name, or more, of the member after them."""
+_MAX_EXTENSION_BYTES = 16 * 2**10
+"""Four of the longest paths that Linux knows."""
 _USED = (*IMAGE_SUFFIXES, records.TEXT_FILE, "json")
 
 
@@ -53,6 +64,19 @@ class _Member:
     key: str
     suffix: str
     content: bytes
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar that may be hostile: tarfile would take its word for any size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Raises tarfile.ReadError if an extension is too large."""
+        header = super().frombuf(buf, encoding, errors)
+        # tarfile reads one whole: terabytes are a MemoryError. And it looks in it for a pattern in quadratic time (CVE-2024-6232).
+        if header.type in _EXTENSIONS and header.size > _MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(f"an extended header has {header.size} bytes; at most {_MAX_EXTENSION_BYTES} are read")
+        return header
 
 
 def list_tars(folder: Path) -> list[Path]:
@@ -91,19 +115,23 @@ def read_samples(
 
 
 def _members(tar: Path, name: str) -> Iterator[_Member | Reject]:
-    """Each plain file, and Rejects for the rest and for a cut-off end."""
+    """Each plain file, and Rejects for the rest and for an end that is cut off or damaged."""
     try:
-        archive = tarfile.open(tar, "r:")  # noqa: SIM115 - closed below; an error at opening has its own message
-    except (tarfile.TarError, OSError) as error:
+        archive = tarfile.open(tar, "r:", tarinfo=_Header)  # noqa: SIM115 - closed below; an error here has its own message
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - hostile headers lead tarfile to any: RecursionError, OverflowError, IndexError
         size = tar.stat().st_size if tar.exists() else "no"
         yield Reject(f"{name}/", "unreadable_file", f"{tar} ({size} bytes) cannot be read as a tar: {error}")
         return
     with archive:
         while True:
             try:
-                member = archive.next()
+                member = _next(archive)
                 content = b"" if member is None else _content(archive, member)
-            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
                 yield _truncated(tar, name, str(error))
                 return
             if member is None:
@@ -140,6 +168,17 @@ def _members(tar: Path, name: str) -> Iterator[_Member | Reject]:
             yield _truncated(tar, name, f"no end mark after byte {archive.offset}")
 
 
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member, None at the end. Raises tarfile.ReadError if it has a negative size or ends before it begins."""
+    member = archive.next()
+    # `offset` is where the next header is looked for. Were it not beyond this one, tarfile would read in a circle (CVE-2025-8194).
+    if member is not None and (member.size < 0 or archive.offset <= member.offset):
+        raise tarfile.ReadError(
+            f"{ascii(member.name)} begins at byte {member.offset}, ends at {archive.offset} and has {member.size} bytes"
+        )
+    return member
+
+
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     """A plain file's bytes; None if there are too many. Raises tarfile.ReadError if the archive ends within them."""
     if not member.isreg() or member.name.rpartition(".")[2].lower() not in _USED:
@@ -171,7 +210,7 @@ def _truncated(tar: Path, name: str, detail: str) -> Reject:
     return Reject(
         f"{name}/",
         TRUNCATED,
-        f"{tar} ({tar.stat().st_size} bytes) is cut off: {detail}; a tar ends with two blocks of zeros",
+        f"{tar} ({tar.stat().st_size} bytes) is cut off or damaged: {detail}; a tar ends with two blocks of zeros",
     )
 
 
