@@ -17,7 +17,7 @@ from moe_core.config.agreement import check_blocks, check_widths
 from moe_core.config.model import LATENT_PATCH, LoRAConfig, ModelConfig, check_guidance
 from moe_core.errors import CheckpointError, ConfigError
 from moe_core.flux_shapes import dense_shapes
-from moe_core.lora_shapes import check_lora, is_plain
+from moe_core.lora_shapes import check_header
 
 if TYPE_CHECKING:
     from moe_core.config import Params
@@ -62,9 +62,8 @@ def check_given(params: Params) -> None:
             raise CheckpointError(
                 f"{file}: none of its {len(stored)} tensors is a LoRA's; their names must have lora_A or lora_down"
             )
-        if configs is not None and is_plain(list(stored)):
-            shapes = {name: tensor.shape for name, tensor in stored.items()}
-            check_lora(file, shapes, dense_shapes(configs["transformer"]))
+        expected = None if configs is None else dense_shapes(configs["transformer"])
+        check_header(file, {name: tensor.shape for name, tensor in stored.items()}, expected)
 
 
 def known_configs(model: ModelConfig) -> dict[str, Mapping[str, Any]] | None:

@@ -239,14 +239,50 @@ def test_a_lora_that_is_none_is_refused(whole: Path, lora: dict[str, Any], messa
         check_given(given(whole, model__lora=lora))
 
 
-def test_a_lora_of_other_shapes_is_refused_by_its_header(whole: Path, tmp_path: Path) -> None:
-    name = "transformer.transformer_blocks.0.attn.to_q"
-    file = tmp_path / "lora.safetensors"
-    save_file({f"{name}.lora_A.weight": torch.zeros(4, 31), f"{name}.lora_B.weight": torch.zeros(32, 4)}, file)
-    with pytest.raises(
-        CheckpointError, match=r"lora_A of transformer_blocks.0.attn.to_q has 31 columns; the layer has 32"
-    ):
+Q = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("names", "down", "up", "message"),
+    [
+        ("transformer.{}.lora_A", (4, 31), (32, 4), f"lora_A of {Q} has 31 columns; the layer has 32"),
+        ("base_model.model.{}.lora_A", (4, 32), (32, 8), f"lora_A of {Q} has rank 4, lora_B 8; they must be equal"),
+        (
+            "{}.lora_down",
+            (4, 32),
+            (32, 8),
+            rf"{Q}.lora_down.weight has shape \[4, 32\], {Q}.lora_up.weight \[32, 8\]; the rows",
+        ),
+    ],
+    ids=["diffusers", "peft", "kohya"],
+)
+def test_a_lora_of_other_shapes_is_refused_by_its_header(
+    whole: Path, tmp_path: Path, names: str, down: tuple[int, int], up: tuple[int, int], message: str
+) -> None:
+    file = write_lora(tmp_path, names.format(Q), down, up)
+    with pytest.raises(CheckpointError, match=f"{file}: {message}"):
         check_given(given(whole, model__lora={"path": str(file), "scale": 1.0}))
+
+
+def test_a_lora_for_the_hubs_flux1_is_compared_with_its_shapes(tmp_path: Path) -> None:
+    model = yaml.safe_load((ROOT / "params" / "model" / "flux1-dev.yaml").read_text())
+
+    def check(*shapes: tuple[int, int]) -> None:
+        file = write_lora(tmp_path, f"transformer.{Q}.lora_A", *shapes)
+        check_given(given(tmp_path, model={**model, "lora": {"path": str(file), "scale": 1.0}}))
+
+    check((4, 3072), (3072, 4))
+    with pytest.raises(CheckpointError, match=f"lora_B of {Q} has 3071 rows; the layer has 3072"):
+        check((4, 3072), (3071, 4))
+
+
+def write_lora(folder: Path, name: str, down: tuple[int, int], up: tuple[int, int]) -> Path:
+    """One layer's; `name` is that of the first matrix, less `.weight`. PEFT's settings lie beside it."""
+    (folder / "adapter_config.json").write_text(json.dumps({"r": down[0], "lora_alpha": down[0]}))
+    other = name.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+    file = folder / "lora.safetensors"
+    save_file({f"{name}.weight": torch.zeros(down), f"{other}.weight": torch.zeros(up)}, file)
+    return file
 
 
 def test_the_checks_need_no_torch(whole: Path) -> None:
