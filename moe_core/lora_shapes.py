@@ -8,20 +8,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_core import checkpoint
 from moe_core.errors import CheckpointError
 
 PREFIX = "transformer."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+PAIRS = ((DOWN, UP), ("down.weight", "up.weight"))
+"""Ends of the names of a pair: diffusers' and PEFT's; kohya's (`.lora_down.weight`) and XLabs' (`.down.weight`)."""
+FOREIGN = (".lora_down.weight", "processor", "query_norm.scale", "base_model")
+"""By these diffusers knows the names of other trainers. It alone can say which layers they are: some are split by their values."""
+PEFT_PREFIX = "base_model.model."
+BFL_BLOCKS = (f"{PEFT_PREFIX}double_blocks.", f"{PEFT_PREFIX}single_blocks.")
+ADAPTER_CONFIG = "adapter_config.json"
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def is_plain(names: list[str]) -> bool:
-    """Whether names are diffusers' own already: those of other trainers have no lora_A and lora_B."""
-    return bool(names) and all(name.startswith(PREFIX) and name.endswith((DOWN, UP)) for name in names)
+def check_header(file: Path, shapes: Shapes, expected: Shapes | None) -> None:
+    """What can be said of a LoRA by its header, before `moe_core.lora` reads it; `expected` as in `check_lora`, None if not known.
+
+    Raises CheckpointError: as `check_lora` where the names are diffusers' or PEFT's; for all others, and where nothing is known of
+    the transformer, if the two matrices of a pair have other ranks.
+    """
+    matrices = _in_diffusers_names(file, shapes)
+    if matrices is not None and expected is not None:
+        check_lora(file, matrices, expected)
+        return
+    for name in sorted(shapes):
+        for down, up in PAIRS:
+            other = name.removesuffix(down) + up
+            if name.endswith(down) and other in shapes and shapes[name][:1] != shapes[other][1:2]:
+                raise CheckpointError(
+                    f"{file}: {name} has shape {list(shapes[name])}, {other} {list(shapes[other])}; the rows of the first must be"
+                    " as many as the columns of the second: the rank"
+                )
 
 
-def check_lora(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
+def _in_diffusers_names(file: Path, shapes: Shapes) -> Shapes | None:
+    """The matrices as `moe_core.lora` will name them; None for names that diffusers must translate."""
+    if any(name.startswith(PEFT_PREFIX) for name in shapes) and not any(name.startswith(BFL_BLOCKS) for name in shapes):
+        checkpoint.read_json(file.parent / ADAPTER_CONFIG)  # must be there: it has the alphas
+        return {PREFIX + name.removeprefix(PEFT_PREFIX): shape for name, shape in shapes.items()}
+    own = any(name.startswith(PREFIX) and name.endswith((DOWN, UP)) for name in shapes)
+    if not own or any(mark in name for name in shapes for mark in FOREIGN):
+        return None
+    return {name: shape for name, shape in shapes.items() if "alpha" not in name}
+
+
+def check_lora(file: Path, shapes: Shapes, expected: Shapes) -> dict[str, int]:
     """The rank of every layer that a LoRA changes; `expected` has the shapes of the transformer's tensors.
 
     Raises CheckpointError naming the file, the layer and the numbers: a key that is no LoRA matrix of the transformer, a

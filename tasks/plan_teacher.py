@@ -12,11 +12,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from moe_core import accounting, checkpoint, references, small_flux
+from moe_core import accounting, small_flux
 from moe_core.config import LATENT_PATCH, ModelConfig
+from moe_core.config.given_teacher import known_configs, read_configs
 from moe_core.errors import ConfigError
-
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ def describe(model: ModelConfig) -> Teacher:
         pipeline = small_flux.build_pipeline(model, [], seed=0)
         text = [pipeline.text_encoder.config.to_dict(), pipeline.text_encoder_2.config.to_dict()]
         return Teacher(dict(pipeline.transformer.config), dict(pipeline.vae.config), *text)
-    if model.source == "hub" and model.path in references.FLUX1_HUB_IDS:
-        return Teacher(references.FLUX1_DEV, references.FLUX1_VAE, references.FLUX1_CLIP, references.FLUX1_T5)
-    folder = Path(str(model.path)) if model.source == "folder" else _from_hub(model)
-    return Teacher(**{part: checkpoint.read_config(folder / part) for part in PARTS})
+    configs = known_configs(model)
+    return Teacher(**(read_configs(_from_hub(model)) if configs is None else configs))
 
 
 def _from_hub(model: ModelConfig) -> Path:

@@ -1,7 +1,7 @@
 """Whether a given teacher, and the LoRA that goes into it, are what they should be, and the parameters fit them.
 
 - Looked at before any work, whenever parameters are read: JSON files and the headers of safetensors files, without torch.
-- What lies on the hub is not known before it is fetched; `tasks.given_teacher` asks the same questions then.
+- Of the hub's teachers only FLUX.1 [dev]'s configurations are known; `tasks.given_teacher` asks all questions once a teacher is fetched.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_core import checkpoint
+from moe_core import checkpoint, references
 from moe_core.config.agreement import check_blocks, check_widths
-from moe_core.config.model import LATENT_PATCH, LoRAConfig, check_guidance
+from moe_core.config.model import LATENT_PATCH, LoRAConfig, ModelConfig, check_guidance
 from moe_core.errors import CheckpointError, ConfigError
 from moe_core.flux_shapes import dense_shapes
-from moe_core.lora_shapes import check_lora, is_plain
+from moe_core.lora_shapes import check_header
 
 if TYPE_CHECKING:
     from moe_core.config import Params
@@ -33,14 +33,28 @@ WEIGHTS: Mapping[str, str] = {
 PARTS = (*WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
 RESHAPED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal", "invert_sigmas")
 """Settings of a scheduler under which its noise levels are others than a shift gives."""
+SCHEDULER = "scheduler/scheduler_config.json"
+FLUX1_SCHEDULER: Mapping[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+"""FLUX.1 [dev]'s, beside its parts in `moe_core.references`."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_given(params: Params) -> None:
-    """Checks what lies in local folders; raises ConfigError or CheckpointError, with the file."""
+    """Checks what lies in local folders, and hub ids that are known; raises ConfigError or CheckpointError, with the file."""
     model = params.model
     if model.source == "folder":
         check_teacher(Path(str(model.path)), params)
+    configs = known_configs(model)
+    if model.source == "hub" and configs is not None:
+        _check_fit(Path(str(model.path)), configs, FLUX1_SCHEDULER, params)
     if model.source != "train" and model.lora is not None and (file := lora_file(model.lora)) is not None:
         stored = checkpoint.read_header(file)
         checkpoint.check_floats(stored)
@@ -48,9 +62,26 @@ def check_given(params: Params) -> None:
             raise CheckpointError(
                 f"{file}: none of its {len(stored)} tensors is a LoRA's; their names must have lora_A or lora_down"
             )
-        if model.source == "folder" and is_plain(list(stored)):
-            config = checkpoint.read_config(Path(str(model.path)) / "transformer")
-            check_lora(file, {name: tensor.shape for name, tensor in stored.items()}, dense_shapes(config))
+        expected = None if configs is None else dense_shapes(configs["transformer"])
+        check_header(file, {name: tensor.shape for name, tensor in stored.items()}, expected)
+
+
+def known_configs(model: ModelConfig) -> dict[str, Mapping[str, Any]] | None:
+    """A given teacher's configurations by part, those with weights; None where only the hub has them.
+
+    Raises CheckpointError where a folder lacks one.
+    """
+    if model.source == "folder":
+        return read_configs(Path(str(model.path)))
+    if model.source == "hub" and model.path in references.FLUX1_HUB_IDS:
+        found = (references.FLUX1_DEV, references.FLUX1_VAE, references.FLUX1_CLIP, references.FLUX1_T5)
+        return dict(zip(WEIGHTS, found, strict=True))
+    return None
+
+
+def read_configs(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """The same of a pipeline folder."""
+    return {part: checkpoint.read_config(folder / part) for part in WEIGHTS}
 
 
 def check_teacher(folder: Path, params: Params) -> None:
@@ -79,12 +110,20 @@ def check_description(folder: Path, params: Params) -> None:
             raise ConfigError(f"{folder / INDEX}: lacks {part}; a FluxPipeline has {', '.join(PARTS)}")
         if not (folder / part).is_dir():
             raise ConfigError(f"{folder / part}: there is no such folder, but {INDEX} names {part}")
-    configs = {part: checkpoint.read_config(folder / part) for part in WEIGHTS}
-    file = folder / "transformer" / checkpoint.CONFIG
-    config = configs["transformer"]
-    name = config.get("_class_name")
+    configs = read_configs(folder)
+    name = configs["transformer"].get("_class_name")
     if name != "FluxTransformer2DModel":
+        file = folder / "transformer" / checkpoint.CONFIG
         raise ConfigError(f"{file}: describes a {name}, not a FluxTransformer2DModel")
+    _check_fit(folder, configs, checkpoint.read_json(folder / SCHEDULER), params)
+
+
+def _check_fit(
+    where: Path, configs: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, Any], params: Params
+) -> None:
+    """The parts must fit each other and the parameters; `where`, a folder or a hub id, names their files in errors."""
+    file = where / "transformer" / checkpoint.CONFIG
+    config = configs["transformer"]
     try:
         check_blocks(params.moe, params.mob, int(config["num_layers"]), int(config["num_single_layers"]))
         check_widths(params.moe, int(config["num_attention_heads"]) * int(config["attention_head_dim"]))
@@ -100,7 +139,7 @@ def check_description(folder: Path, params: Params) -> None:
             f"model.resolution is {params.model.resolution}; it must be a multiple of {factor * LATENT_PATCH}: the VAE's factor"
             f" {factor} times the patch of {LATENT_PATCH}"
         )
-    _check_noise_levels(folder / "scheduler" / "scheduler_config.json", params, factor)
+    _check_noise_levels(where / SCHEDULER, scheduler, params, factor)
 
 
 def _check_parts_fit(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -123,9 +162,8 @@ def _check_parts_fit(config: Mapping[str, Any], parts: Mapping[str, Mapping[str,
             raise ValueError(f"{what} is {own}, but the pipeline's {part} gives {other} channels")
 
 
-def _check_noise_levels(file: Path, params: Params, factor: int) -> None:
+def _check_noise_levels(file: Path, config: Mapping[str, Any], params: Params, factor: int) -> None:
     """A teacher distilled to a few steps knows the noise levels of its own sampler only: KD must draw just these."""
-    config = checkpoint.read_json(file)
     timesteps, model = params.kd.timesteps, params.model
     if timesteps.kind != "discrete":
         return

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_core import small_flux
 from moe_core.config import Params, TimestepConfig, parse
-from moe_core.config.given_teacher import check_given, sampler_shift
+from moe_core.config.given_teacher import FLUX1_SCHEDULER, check_given, sampler_shift
 from moe_core.data.embedded import captions_vocabulary
 from moe_core.errors import CheckpointError, ConfigError
 from moe_core.noise import sampler_sigmas
@@ -29,16 +29,6 @@ from tests.moe_core.tiny_pipeline import SIZES, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-SCHEDULER: dict[str, Any] = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-}
-"""FLUX.1 [dev]'s scheduler_config.json."""
 
 
 @pytest.fixture(scope="module")
@@ -249,14 +239,50 @@ def test_a_lora_that_is_none_is_refused(whole: Path, lora: dict[str, Any], messa
         check_given(given(whole, model__lora=lora))
 
 
-def test_a_lora_of_other_shapes_is_refused_by_its_header(whole: Path, tmp_path: Path) -> None:
-    name = "transformer.transformer_blocks.0.attn.to_q"
-    file = tmp_path / "lora.safetensors"
-    save_file({f"{name}.lora_A.weight": torch.zeros(4, 31), f"{name}.lora_B.weight": torch.zeros(32, 4)}, file)
-    with pytest.raises(
-        CheckpointError, match=r"lora_A of transformer_blocks.0.attn.to_q has 31 columns; the layer has 32"
-    ):
+Q = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("names", "down", "up", "message"),
+    [
+        ("transformer.{}.lora_A", (4, 31), (32, 4), f"lora_A of {Q} has 31 columns; the layer has 32"),
+        ("base_model.model.{}.lora_A", (4, 32), (32, 8), f"lora_A of {Q} has rank 4, lora_B 8; they must be equal"),
+        (
+            "{}.lora_down",
+            (4, 32),
+            (32, 8),
+            rf"{Q}.lora_down.weight has shape \[4, 32\], {Q}.lora_up.weight \[32, 8\]; the rows",
+        ),
+    ],
+    ids=["diffusers", "peft", "kohya"],
+)
+def test_a_lora_of_other_shapes_is_refused_by_its_header(
+    whole: Path, tmp_path: Path, names: str, down: tuple[int, int], up: tuple[int, int], message: str
+) -> None:
+    file = write_lora(tmp_path, names.format(Q), down, up)
+    with pytest.raises(CheckpointError, match=f"{file}: {message}"):
         check_given(given(whole, model__lora={"path": str(file), "scale": 1.0}))
+
+
+def test_a_lora_for_the_hubs_flux1_is_compared_with_its_shapes(tmp_path: Path) -> None:
+    model = yaml.safe_load((ROOT / "params" / "model" / "flux1-dev.yaml").read_text())
+
+    def check(*shapes: tuple[int, int]) -> None:
+        file = write_lora(tmp_path, f"transformer.{Q}.lora_A", *shapes)
+        check_given(given(tmp_path, model={**model, "lora": {"path": str(file), "scale": 1.0}}))
+
+    check((4, 3072), (3072, 4))
+    with pytest.raises(CheckpointError, match=f"lora_B of {Q} has 3071 rows; the layer has 3072"):
+        check((4, 3072), (3071, 4))
+
+
+def write_lora(folder: Path, name: str, down: tuple[int, int], up: tuple[int, int]) -> Path:
+    """One layer's; `name` is that of the first matrix, less `.weight`. PEFT's settings lie beside it."""
+    (folder / "adapter_config.json").write_text(json.dumps({"r": down[0], "lora_alpha": down[0]}))
+    other = name.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+    file = folder / "lora.safetensors"
+    save_file({f"{name}.weight": torch.zeros(down), f"{other}.weight": torch.zeros(up)}, file)
+    return file
 
 
 def test_the_checks_need_no_torch(whole: Path) -> None:
@@ -271,14 +297,20 @@ def test_the_checks_need_no_torch(whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "resolution"),
-    [(SCHEDULER, 1024), (SCHEDULER, 512), ({**SCHEDULER, "use_dynamic_shifting": False}, 1024), ({"shift": 1.0}, 256)],
+    [
+        (FLUX1_SCHEDULER, 1024),
+        (FLUX1_SCHEDULER, 512),
+        ({**FLUX1_SCHEDULER, "use_dynamic_shifting": False}, 1024),
+        ({"shift": 1.0}, 256),
+    ],
 )
 @pytest.mark.parametrize("steps", [8, 28])
 def test_discrete_levels_are_those_that_the_sampler_visits(config: dict[str, Any], resolution: int, steps: int) -> None:
     tokens = (resolution // 16) ** 2
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     mu = calculate_shift(
-        tokens, *(SCHEDULER[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
+        tokens,
+        *(FLUX1_SCHEDULER[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")),
     )
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     levels = sampler_sigmas(TimestepConfig(kind="discrete", steps=steps, shift=sampler_shift(config, tokens)))
@@ -289,7 +321,7 @@ def test_discrete_levels_are_those_that_the_sampler_visits(config: dict[str, Any
 @pytest.mark.parametrize("preset", ["flux1", "hyperflux"])
 def test_the_presets_shift_is_flux1s_at_1024_pixels(preset: str) -> None:
     timesteps = yaml.safe_load((ROOT / "params" / "kd" / f"{preset}.yaml").read_text())["timesteps"]
-    assert timesteps["shift"] == pytest.approx(sampler_shift(SCHEDULER, 4096), rel=1e-12)
+    assert timesteps["shift"] == pytest.approx(sampler_shift(FLUX1_SCHEDULER, 4096), rel=1e-12)
     assert timesteps["shift"] == pytest.approx(math.exp(1.15), rel=1e-12)
 
 
@@ -302,7 +334,7 @@ def test_discrete_levels_must_be_the_samplers_own(folder: Path) -> None:
     check()
     with pytest.raises(ConfigError, match=r"kd.timesteps.steps is 8, but model.num_inference_steps is 20"):
         check(20)
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(FLUX1_SCHEDULER))
     mu = calculate_shift((16 // 4) ** 2)
     with pytest.raises(
         ConfigError, match=f"kd.timesteps.shift is 1, but the teacher's sampler shifts by {math.exp(mu):.6f} at 16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_core import checkpoint, lora
+from moe_core import checkpoint, lora, lora_shapes
 from moe_core.errors import CheckpointError
 from moe_core.flux_shapes import dense_shapes
 from moe_core.references import FLUX1_DEV
@@ -67,6 +68,12 @@ def write(folder: Path, tensors: Tensors, metadata: dict[str, Any] | None = None
     file = folder / "lora.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
     return file
+
+
+def check_header(file: Path, expected: dict[str, tuple[int, ...]] | None = SHAPES) -> None:
+    """The check before any work."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.read_header(file).items()}
+    lora_shapes.check_header(file, shapes, expected)
 
 
 def fuse(source: Path, target: Path, file: Path, scale: float = SCALE) -> set[str]:
@@ -208,7 +215,9 @@ def test_formats_of_trainers(
     tmp_path: Path, make: Callable[..., Tensors], metadata: dict[str, str] | None, factors: tuple[float, float]
 ) -> None:
     pairs = matrices(ATTENTION)
-    found = lora.read_lora(write(tmp_path, make(pairs), metadata), SHAPES)
+    file = write(tmp_path, make(pairs), metadata)
+    check_header(file)
+    found = lora.read_lora(file, SHAPES)
     assert found.keys() == pairs.keys()
     for (layer, (down, up)), factor in zip(pairs.items(), factors, strict=True):
         zeros = torch.zeros(SHAPES[f"{layer}.weight"])
@@ -218,9 +227,11 @@ def test_formats_of_trainers(
 def test_a_folder_that_peft_saved(tmp_path: Path) -> None:
     pairs = matrices(ATTENTION)
     file = write(tmp_path, plain(pairs, "base_model.model."))
-    with pytest.raises(CheckpointError, match=r"adapter_config.json: the checkpoint lacks this file"):
-        lora.read_lora(file, SHAPES)
+    for look in (check_header, lambda path: lora.read_lora(path, SHAPES)):
+        with pytest.raises(CheckpointError, match=r"adapter_config.json: the checkpoint lacks this file"):
+            look(file)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 12}))
+    check_header(file)
     assert {layer: change.factor for layer, change in lora.read_lora(file, SHAPES).items()} == {
         ATTENTION[0]: 12 / 3,
         ATTENTION[1]: 12 / 4,
@@ -289,6 +300,75 @@ def without(name: str) -> Tensors:
 def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path, tensors: Tensors, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         lora.read_lora(write(tmp_path, tensors), SHAPES)
+
+
+TEXT = {"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(3, 3)}
+RANKS = {"transformer_blocks.3.attn.to_out.0": (torch.zeros(4, 32), torch.zeros(32, 8))}
+RANKS_TOLD = "lora_A of transformer_blocks.3.attn.to_out.0 has rank 4, lora_B 8; they must be equal"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (plain(RANKS, "base_model.model."), RANKS_TOLD),
+        (
+            plain({"transformer_blocks.5.attn.to_q": RANKS[ATTENTION[1]]}, "base_model.model."),
+            "changes transformer_blocks.5.attn.to_q, but the transformer has no linear layer of that name",
+        ),
+        (
+            plain(matrices(), "base_model.model.") | TEXT,
+            "changes text_encoder.text_model.encoder.layers.0.mlp.fc1, but",
+        ),
+        (plain(matrices()) | TEXT, f"{next(iter(TEXT))} changes no layer of the transformer"),
+        (with_alphas(RANKS, 4.0), RANKS_TOLD),
+        (plain(matrices()) | {f"{Q}.lora_B.bias": torch.zeros(32)}, r"to_q.lora_B.bias [32] is no matrix of a LoRA"),
+    ],
+    ids=["peft", "peft: layer", "peft: text", "text", "alphas", "bias"],
+)
+def test_a_header_is_refused_in_the_words_of_the_whole_file(tmp_path: Path, tensors: Tensors, message: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    file = write(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=re.escape(f"{file}: ") + ".*" + re.escape(message)) as early:
+        check_header(file)
+    with pytest.raises(CheckpointError) as late:
+        lora.read_lora(file, SHAPES)
+    assert str(early.value) == str(late.value)
+
+
+@pytest.mark.parametrize("expected", [SHAPES, None], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    ("tensors", "down", "up"),
+    [
+        (kohya(RANKS, 4.0), "lora_unet_double_blocks_3_img_attn_proj.lora_down", "lora_unet_.*lora_up"),
+        (xlabs(RANKS), "double_blocks.3.processor.proj_lora1.down", "double_blocks.3.*up"),
+    ],
+    ids=["kohya", "xlabs"],
+)
+def test_ranks_of_other_trainers_files_are_compared_in_the_header(
+    tmp_path: Path, tensors: Tensors, down: str, up: str, expected: dict[str, tuple[int, ...]] | None
+) -> None:
+    file = write(tmp_path, tensors)
+    message = rf"{down}.weight has shape \[4, 32\], {up}.weight \[32, 8\]; the rows of the first must be as many as the columns"
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: {message}"):
+        check_header(file, expected)
+    with pytest.raises(CheckpointError, match=RANKS_TOLD):
+        lora.read_lora(file, SHAPES)
+
+
+def test_what_only_diffusers_can_tell_is_left_to_it(tmp_path: Path) -> None:
+    """Of diffusers' layers in kohya's ends it drops all that is not the transformer's."""
+    tensors = {
+        name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+        for name, tensor in {**plain(matrices()), **TEXT}.items()
+    }
+    file = write(tmp_path, tensors)
+    check_header(file)
+    assert lora.read_lora(file, SHAPES).keys() == set(LAYERS)
+
+
+def test_header_and_file_are_read_by_the_same_names() -> None:
+    for name in ("PEFT_PREFIX", "BFL_BLOCKS", "ADAPTER_CONFIG"):
+        assert getattr(lora, name) == getattr(lora_shapes, name)
 
 
 def test_another_kind_of_file_is_never_unpickled(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from moe_core.config import Params, parse
 from moe_core.data.embedded import captions_vocabulary
 from moe_core.errors import CheckpointError, ConfigError
 from tasks import given_teacher
+from tasks.params import compose
 from tasks.project import read_params
 from tests.moe_core.tiny_pipeline import SIZES, tiny_config
 
@@ -141,6 +143,41 @@ def test_what_does_not_fit_is_said_before_any_stage_runs(
     put(project, path=str(given), lora={"path": str(tmp_path / "none.safetensors"), "scale": 1.0})
     with pytest.raises(ConfigError, match=r"model.lora.path is \S+none.safetensors'; there is no such file"):
         read_params(project)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["mob.levels.M.double.groups=6"],
+            "mob.levels.M.double: 6 groups of 3 consecutive blocks do not fit: there is room for 5 among 19 blocks, of which [0, 1, 2] stay dense",
+        ),
+        (
+            ["mob.levels.M.double={groups: 0, size: 0, blocks: [[2, 3]]}"],
+            "mob.levels.M.double.blocks has [2, 3], but moe.dense_double_blocks keeps [0, 1, 2] dense",
+        ),
+        (
+            ["mob.levels.M.double={groups: 0, size: 0, blocks: [[20, 21]]}"],
+            "mob.levels.M.double.blocks has [20, 21], but the model's double blocks are 0 to 18",
+        ),
+        (["model.guidance_scale=null"], "guidance_scale is null, but guidance_embeds is true; it must be a number"),
+        (["model.resolution=1000"], "model.resolution is 1000; it must be a multiple of 16"),
+        (
+            ["model=hyperflux", "kd=hyperflux", "model.num_inference_steps=4"],
+            "kd.timesteps.steps is 8, but model.num_inference_steps is 4",
+        ),
+        (
+            ["model=hyperflux", "kd=hyperflux", "model.resolution=512"],
+            "kd.timesteps.shift is 3.15819, but the teacher's sampler shifts by 1.877611 at 512 pixels",
+        ),
+    ],
+)
+def test_what_does_not_fit_flux1_is_said_without_the_hub(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as told:
+        compose(ROOT, ["experiment=flux1-moe-m", "data.path=/tars", *overrides])
+    assert message.startswith(("model.", "kd.")) or str(told.value).startswith(
+        "black-forest-labs/FLUX.1-dev/transformer/config.json: "
+    )
 
 
 def test_a_lora_in_anothers_format_is_refused_before_anything_is_written(
