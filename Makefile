@@ -3,7 +3,7 @@
 PY := .venv/bin/python
 SHELL := /bin/sh
 
-.PHONY: help setup demo test slow peft lint format typecheck up down params lock gpu bench bench-gpu clean
+.PHONY: help setup demo test slow extras lint format typecheck up down params lock gpu bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +22,8 @@ test: setup ## every test that is neither slow nor needs a GPU
 slow: setup ## the slow tests, two files at once: the flow and its page, kill -9 of every training stage, the whole pipeline in a clone
 	@$(PY) -m pytest -m "slow and not gpu" -p no:cacheprovider -n 2 --dist loadfile
 
-peft: setup ## LoRAs made with PEFT, in an environment of their own
-	@sh scripts/peft.sh
+extras: setup ## what needs packages beside the lock: LoRAs made with PEFT, moments of a byte; in an environment of their own
+	@sh scripts/extras.sh
 
 lint: setup ## ruff, mypy, import-linter
 	@.venv/bin/ruff check .
@@ -53,7 +53,7 @@ gpu: setup ## MegaBlocks and its companions, without dependencies, on a CUDA mac
 bench: setup ## what benchmarks/ measures on a CPU
 	@$(PY) -m benchmarks.demo
 
-bench-gpu: ## five steps of each stage at FLUX.1's full size on one GPU of 141 GB; needs torch, diffusers and transformers alone
+bench-gpu: ## five steps of each stage at FLUX.1's full size on one GPU of 141 GB; needs torch, diffusers, transformers and safetensors alone
 	@if [ -x $(PY) ]; then $(PY) -m benchmarks.gpu_full_size; else python3 -m benchmarks.gpu_full_size; fi
 
 clean: ## remove the caches of the tools; results, databases, settings and the environment stay

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_full_size                 random weights, 1024 x 1024, bf16; writes benchmarks/results/gpu_full_size.json
     python -m benchmarks.gpu_full_size --device cpu --double 2 --single 2 --heads 2 --image-tokens 64 --text-tokens 16    small
 
-- Needs torch, diffusers, transformers, safetensors, pydantic and this checkout: no Ray, no net, no data.
+- Needs torch, diffusers, transformers, safetensors and this checkout: no other package, no net, no data.
 - Weights are random, so routers choose nearly evenly. With one sample at once a MoB group runs one block a step; the optimizer
   has the state of all blocks from the first step on, as it has after some steps of a real run.
 - Peak memory: CUDA's allocator, tensors alone; on a CPU, tensors counted while they live.
@@ -22,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_core import dry_run, references, structure
-from moe_core.config import KDStageConfig, MoBConfig, MoEConfig
+from moe_core import dry_run, references
 from moe_core.distill import KDBatch, KDStep
 from moe_core.dry_run import Cost, Inputs
 from moe_core.importance import ImportanceAccumulator
@@ -115,7 +115,7 @@ def importance(dense: dict[str, Any], inputs: Inputs, device: torch.device) -> M
 
 
 def distillation(
-    dense: dict[str, Any], sparse: dict[str, Any], stage: KDStageConfig, inputs: Inputs, device: torch.device
+    dense: dict[str, Any], sparse: dict[str, Any], stage: Any, inputs: Inputs, device: torch.device
 ) -> Measured:
     """A KD step: both models whole on the device, masters in float32."""
     with _counting(device) as memory:
@@ -154,40 +154,49 @@ class _counting(LiveMemory):
             super().__exit__(*error)
 
 
-def stage_of(train: tuple[str, ...], balance: float, checkpointing: bool = True) -> KDStageConfig:
-    """A KD stage as the FLUX.1 presets have it."""
-    values = {
-        "optimizer": {"steps": STEPS, "batch_size": 1, "learning_rate": 1e-5, "precision": "bf16"},
-        "train": train,
-    }
-    return KDStageConfig.model_validate(
-        {**values, "lambda_balance": balance, "gradient_checkpointing": checkpointing, "validate_every": STEPS}
+def stage_of(train: tuple[str, ...], balance: float, checkpointing: bool = True) -> Any:
+    """What `KDStep` asks of a KD stage, as the FLUX.1 presets have it: the parameters' own classes need pydantic."""
+    return SimpleNamespace(
+        train=train,
+        lambda_feature=1.0,
+        lambda_balance=balance,
+        gradient_checkpointing=checkpointing,
+        optimizer=SimpleNamespace(grad_clip=1.0),
     )
 
 
-def stages(dense: dict[str, Any], kept: int, conditioning_dim: int) -> dict[str, tuple[dict[str, Any], KDStageConfig]]:
+def stages(dense: dict[str, Any], kept: int, conditioning_dim: int) -> dict[str, tuple[dict[str, Any], Any]]:
     """KD stage -> student's configuration and stage: the paper's L and M, as far as the double blocks go after those `kept` dense."""
+    common = {"balance_probs": "softmax", "router_init_std": 0.02}
+    moe = {
+        "num_experts": 12,
+        "top_k": 2,
+        "shared_ratio": 1.0,
+        "normal_ratio": 0.25,
+        "mlp_ratio": 4.0,
+        "gate_norm": "renormalize",
+        "dense_double_blocks": list(range(kept)),
+        **common,
+    }
+    large = {**dense, "moe": moe, "conditioning_dim": conditioning_dim}
+    shared = {**large, "moe": {**moe, "num_experts": 0, "top_k": 0}}
     double = dense["num_layers"]
-    moe = MoEConfig(
-        shared_ratio=1.0,
-        normal_ratio=0.25,
-        num_experts=12,
-        top_k=2,
-        dense_double_blocks=tuple(range(kept)),
-        conditioning_dim=conditioning_dim,
-    )
     count = (double - kept) // 3
     groups = [list(range(first, first + 3)) for first in range(double - 3 * count, double, 3)]
-    level = {"init": "checkpoints/moe", "double": {"blocks": groups}}
-    mob = MoBConfig.model_validate({"levels": {"M": level}})
-    large = structure.moe_config(dense, moe)
     made = {
-        "shared_expert_kd": (structure.shared_config(dense, moe), stage_of(("shared", "conditioning"), 0.0)),
+        "shared_expert_kd": (shared, stage_of(("shared", "conditioning"), 0.0)),
         "moe_kd": (large, stage_of(("experts", "router"), 1e-2)),
     }
     if groups:
-        grouped = structure.mob_config(large, mob.levels["M"], mob)
-        made["mob_kd@M"] = (grouped, stage_of(("group_blocks", "block_router"), 1e-2))
+        choice = {
+            "active": 1,
+            "contiguous": False,
+            "alpha": 0.5,
+            "double_groups": groups,
+            "single_groups": [],
+            **common,
+        }
+        made["mob_kd@M"] = ({**large, "mob": choice}, stage_of(("group_blocks", "block_router"), 1e-2))
     return made
 
 
@@ -220,14 +229,12 @@ def main() -> int:
     given = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(given.device)
-    dense = structure.dense_part(
-        {
-            **references.FLUX1_DEV,
-            "num_layers": given.double,
-            "num_single_layers": given.single,
-            "num_attention_heads": given.heads,
-        }
-    )
+    dense: dict[str, Any] = {
+        **references.FLUX1_DEV,
+        "num_layers": given.double,
+        "num_single_layers": given.single,
+        "num_attention_heads": given.heads,
+    }
     inputs = Inputs(given.samples, given.image_tokens, given.text_tokens)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     report: dict[str, Any] = {
@@ -254,7 +261,7 @@ def main() -> int:
     for stage, (sparse, kd) in stages(dense, given.dense_double_blocks, given.conditioning_dim).items():
         costs = [
             dry_run.kd_step(dense, sparse, config, inputs, optimizer_of, dtype=BF16, masters=torch.float32)
-            for config in (kd, kd.model_copy(update={"gradient_checkpointing": False}))
+            for config in (kd, stage_of(kd.train, kd.lambda_balance, checkpointing=False))
         ]
         add(stage, distillation(dense, sparse, kd, inputs, device), costs[0], costs[1].flops)
     return 0

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_core import losses
 from moe_core.capture import Recording, record
-from moe_core.config import KDStageConfig
 from moe_core.mob import MoBGroup
 from moe_core.transformer import FluxMoETransformer2DModel
+
+if TYPE_CHECKING:
+    from moe_core.config import KDStageConfig
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,10 @@ from torch import Tensor
 
 from moe_core import checkpoint
 from moe_core.errors import CheckpointError
-from moe_core.lora_shapes import DOWN, PREFIX, UP, check_lora
+from moe_core.lora_shapes import ADAPTER_CONFIG, BFL_BLOCKS, DOWN, PEFT_PREFIX, PREFIX, UP, check_lora
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""Beside the weights in a folder that PEFT saved."""
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the same in the file."""
-PEFT_PREFIX = "base_model.model."
-BFL_BLOCKS = (f"{PEFT_PREFIX}double_blocks.", f"{PEFT_PREFIX}single_blocks.")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CHUNK = 16 * 2**20
 

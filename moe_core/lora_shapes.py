@@ -20,6 +20,7 @@ FOREIGN = (".lora_down.weight", "processor", "query_norm.scale", "base_model")
 PEFT_PREFIX = "base_model.model."
 BFL_BLOCKS = (f"{PEFT_PREFIX}double_blocks.", f"{PEFT_PREFIX}single_blocks.")
 ADAPTER_CONFIG = "adapter_config.json"
+"""Beside the weights in a folder that PEFT saved."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 

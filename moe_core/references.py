@@ -85,6 +85,18 @@ FLUX1_VAE: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Arguments of diffusers' `AutoencoderKL`: 84 M parameters."""
+FLUX1_SCHEDULER: Mapping[str, Any] = MappingProxyType(
+    {
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    }
+)
+"""Arguments of diffusers' `FlowMatchEulerDiscreteScheduler`."""
 FLUX1_T5: Mapping[str, Any] = MappingProxyType(
     {
         "d_model": 4096,

@@ -1,6 +1,7 @@
 """Captions to features, by a FLUX pipeline's T5 and CLIP.
 
-A prompt is encoded on its own, never with others: its features do not depend on the batch, so a resumed run sees the same bits.
+A prompt is encoded on its own: its features do not depend on the batch, so a resumed run sees the same bits. Only by a T5 that is
+sharded over processes are the prompts of a pass encoded together.
 """
 
 from __future__ import annotations
@@ -67,20 +68,25 @@ def encode_prompts(
 
     T is `text_length`. Kept by caption while the pipeline lives; its text encoders must not change meanwhile.
     """
-    cache = _CACHES.setdefault(pipeline, _PromptCache())
-    # Where T5 is sharded, every process must run it as often as the others.
-    always = is_sharded(pipeline.text_encoder_2)
     length = text_length(pipeline, max_sequence_length)
-    texts, pooled = [], []
-    for caption in captions:
-        entry = None if always else cache.get(caption, length)
-        if entry is None:
-            text, vector, _ = pipeline.encode_prompt(
-                prompt=caption, prompt_2=None, device=pipeline.device, max_sequence_length=length
-            )
-            entry = (text[0], vector[0])
-            cache.put(caption, length, *entry)
-        texts.append(entry[0])
-        pooled.append(entry[1])
-    text = torch.stack(texts)
-    return text, torch.stack(pooled), torch.zeros(text.shape[1], 3, device=text.device, dtype=text.dtype)
+    if is_sharded(pipeline.text_encoder_2):
+        # Each run gathers the encoder from all processes, and all must run it equally often: together, whatever was seen before.
+        text, pooled = _encode(pipeline, list(captions), length)
+    else:
+        cache, entries = _CACHES.setdefault(pipeline, _PromptCache()), []
+        for caption in captions:
+            entry = cache.get(caption, length)
+            if entry is None:
+                one, vector = _encode(pipeline, [caption], length)
+                entry = (one[0], vector[0])
+                cache.put(caption, length, *entry)
+            entries.append(entry)
+        text, pooled = (torch.stack(parts) for parts in zip(*entries, strict=True))
+    return text, pooled, torch.zeros(text.shape[1], 3, device=text.device, dtype=text.dtype)
+
+
+def _encode(pipeline: FluxPipeline, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+    text, pooled, _ = pipeline.encode_prompt(
+        prompt=captions, prompt_2=None, device=pipeline.device, max_sequence_length=length
+    )
+    return text, pooled

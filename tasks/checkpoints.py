@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from moe_core.dtensors import is_sharded
 from moe_core.errors import CheckpointError
 from tasks import outs
-from tasks.optimizer import Average, restored, stored
+from tasks.optimizer import Average, counter_device, restored, stored
 from tasks.worker import Worker
 
 KEPT = 2
@@ -140,8 +140,7 @@ def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
                 average.weights[rest].copy_(tensor)
             else:
                 key, _, name = rest.partition(".")
-                # A step counter stays on the CPU, where AdamW keeps it; moments follow their parameter.
-                place = torch.device("cpu") if tensor.dim() == 0 else parameters[name].device
+                place = parameters[name].device if tensor.dim() else counter_device(optimizer, parameters[name])
                 # Copied: a tensor mapped from a file may start at any byte, and CPU kernels then round otherwise.
                 value = restored(optimizer, parameters[name], key, tensor.to(place, copy=True))
                 state.setdefault(parameters[name], {})[key] = value

@@ -67,6 +67,14 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+def counter_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+    """Where the optimizer keeps its step counter of a parameter: beside it if its kernel is fused, else on the CPU."""
+    for group in optimizer.param_groups:
+        if any(own is parameter for own in group["params"]):
+            return parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    raise ValueError("the optimizer does not have this parameter")
+
+
 def stored(value: Tensor) -> Tensor:
     """A tensor of an optimizer's state as a checkpoint holds it: eight-bit moments as the fp32 numbers that they stand for.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from moe_core import accounting, checkpoint, dry_run, structure
 from moe_core.config import KDStageConfig, OptimizerConfig, Params
 from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, VAE, Cost, Inputs, Unit
 from moe_core.memory import ACTIVATIONS
+from moe_core.teacher_training import VAEStep
 from moe_core.transformer import FluxMoETransformer2DModel
 from tasks import checkpoints, optimizer
 from tasks.plan_teacher import Teacher
@@ -176,7 +177,7 @@ class Costs:
         sharded = compute.sharding == "full"
         # Sharded weights are gathered in the precision computed in; otherwise the masters themselves are used.
         cost = dry_run.kd_step(
-            self.teacher.transformer, config, stage, self._inputs(local), partial(optimizer.build, optim),
+            self.teacher.transformer, config, stage, self._inputs(local), _optimizer(optim),
             dtype=low, masters=low if sharded else torch.float32,
             gradients_kept=MASTER_BYTES / low.itemsize / compute.num_workers if sharded else 1.0,
         )  # fmt: skip
@@ -197,7 +198,8 @@ class Costs:
         validations = (1 + math.ceil(optim.steps / stage.validate_every)) * params.kd.validation_samples
         once = self._flops(self.configs["teacher"]) + self._flops(config) + text_flops
         flops = samples * (cost.flops / local + text_flops) + validations * once
-        disk = counts.total * low.itemsize + self._checkpoint(optim, trained)
+        # The product, and beside the checkpoints the student to begin with.
+        disk = 2 * counts.total * low.itemsize + self._checkpoint(optim, trained)
         work = f"{optim.steps} steps of {optim.batch_size}, {local} at once on a GPU"
         return StageCost(name, work, flops, memory, disk, counts, gpus=self._gpus(name))
 
@@ -274,15 +276,19 @@ class Costs:
 
     def _flow_step(self, config: OptimizerConfig) -> Cost:
         inputs = self._inputs(self._local("teacher", config))
-        return dry_run.flow_step(self.teacher.transformer, inputs, partial(optimizer.build, config), config.grad_clip)
+        return dry_run.flow_step(self.teacher.transformer, inputs, _optimizer(config), config.grad_clip)
 
     def _vae_step(self, config: OptimizerConfig) -> Cost:
         picture, samples = (
             (3, self.params.model.resolution, self.params.model.resolution),
             self._local("teacher", config),
         )
-        make = partial(optimizer.build, config)
-        return dry_run.vae_step(self.teacher.build_vae, picture, samples, make, config.grad_clip)
+
+        def step() -> VAEStep:
+            # What the loss weighs how costs nothing.
+            return VAEStep(self.teacher.build_vae(), kl_weight=1.0)
+
+        return dry_run.vae_step(step, picture, samples, _optimizer(config), config.grad_clip)
 
     def _passes(self, stage: str, config: OptimizerConfig) -> float:
         """Of one GPU's samples at once, all GPUs' together."""
@@ -333,10 +339,36 @@ class Costs:
         return sum(dry_run.call(build, run, "text").flops for build in (self.teacher.build_clip, self.teacher.build_t5))
 
     def _checkpoint(self, config: OptimizerConfig, trained: int) -> float:
-        """Bytes of the resume checkpoints: masters, the optimizer's state, the average."""
-        moments = MOMENTS[config.optimizer]
+        """Bytes of the resume checkpoints: masters, the optimizer's state, the average. A new one is written before the oldest goes."""
+        # On disk, moments of a byte are the fp32 numbers that they stand for.
+        moments = MOMENTS["adamw" if config.optimizer == "adamw8bit" else config.optimizer]
         average = config.ema_decay is not None
-        return checkpoints.KEPT * trained * MASTER_BYTES * (1 + moments + average)
+        return (checkpoints.KEPT + 1) * trained * MASTER_BYTES * (1 + moments + average)
+
+
+class _EightBitState(torch.optim.Optimizer):
+    """What AdamW with moments of a byte keeps: two of them a weight, and a scale for each `BLOCK`.
+
+    torchao's own asks for values, which fake tensors have not, and otherwise makes nothing that stays.
+    """
+
+    BLOCK = 256
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None and not self.state[weight]:
+                    self.state[weight] = {
+                        name: (torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.numel() // self.BLOCK))
+                        for name in ("exp_avg", "exp_avg_sq")
+                    }
+
+
+def _optimizer(config: OptimizerConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """What builds it in a dry run."""
+    if config.optimizer != "adamw8bit":
+        return partial(optimizer.build, config)
+    return lambda module: _EightBitState([weight for weight in module.parameters() if weight.requires_grad], {})
 
 
 def _blocks(config: Mapping[str, Any]) -> int:

@@ -158,7 +158,10 @@ class _Loop:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.phase.optimizer.precision == "bf16")
 
     def _flush(self) -> None:
-        """Writes the losses of the steps since the last flush: means over ranks. Raises TrainingError at a loss that is no number."""
+        """Writes the losses of the steps since the last flush: means over ranks.
+
+        Raises TrainingError at a loss or a gradient that is no number: the weights after such a step are none either.
+        """
         if not self.pending:
             return
         names = list(self.pending[0][1])
@@ -171,11 +174,8 @@ class _Loop:
         self.pending.clear()
         self._write(records)
         for record in records:
-            if not math.isfinite(record["loss"]):
-                raise TrainingError(
-                    f"{self.phase.name}: the loss is {record['loss']} at step {record['step']}; a lower learning_rate"
-                    f" (now {self.phase.optimizer.learning_rate:g}) or grad_clip may help"
-                )
+            for name, words in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
+                self._require_number(words, record[name], record["step"])
 
     def _validate(self, trainee: Trainee, average: optimizer.Average | None, step: int) -> None:
         # On every rank, so that what the module gathers over ranks is there; the result is the same on each.
@@ -184,6 +184,15 @@ class _Loop:
             metrics = trainee.validate()
         seconds = round(time.monotonic() - started, 4)
         self._write([{"split": "validation", "step": step, **metrics, "seconds": seconds}])
+        for name, value in metrics.items():
+            self._require_number(f"validation's {name}", value, step)
+
+    def _require_number(self, words: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.phase.name}: the {words} is {value} at step {step}; a lower learning_rate"
+                f" (now {self.phase.optimizer.learning_rate:g}) or grad_clip may help"
+            )
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self.worker.rank == 0:

@@ -34,16 +34,6 @@ PARTS = (*WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
 RESHAPED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal", "invert_sigmas")
 """Settings of a scheduler under which its noise levels are others than a shift gives."""
 SCHEDULER = "scheduler/scheduler_config.json"
-FLUX1_SCHEDULER: Mapping[str, Any] = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-}
-"""FLUX.1 [dev]'s, beside its parts in `moe_core.references`."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -54,7 +44,7 @@ def check_given(params: Params) -> None:
         check_teacher(Path(str(model.path)), params)
     configs = known_configs(model)
     if model.source == "hub" and configs is not None:
-        _check_fit(Path(str(model.path)), configs, FLUX1_SCHEDULER, params)
+        _check_fit(Path(str(model.path)), configs, references.FLUX1_SCHEDULER, params)
     if model.source != "train" and model.lora is not None and (file := lora_file(model.lora)) is not None:
         stored = checkpoint.read_header(file)
         checkpoint.check_floats(stored)

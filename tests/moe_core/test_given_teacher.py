@@ -19,9 +19,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file, save_file
 
-from moe_core import small_flux
+from moe_core import references, small_flux
 from moe_core.config import Params, TimestepConfig, parse
-from moe_core.config.given_teacher import FLUX1_SCHEDULER, check_given, sampler_shift
+from moe_core.config.given_teacher import check_given, sampler_shift
 from moe_core.data.embedded import captions_vocabulary
 from moe_core.errors import CheckpointError, ConfigError
 from moe_core.noise import sampler_sigmas
@@ -298,9 +298,9 @@ def test_the_checks_need_no_torch(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "resolution"),
     [
-        (FLUX1_SCHEDULER, 1024),
-        (FLUX1_SCHEDULER, 512),
-        ({**FLUX1_SCHEDULER, "use_dynamic_shifting": False}, 1024),
+        (references.FLUX1_SCHEDULER, 1024),
+        (references.FLUX1_SCHEDULER, 512),
+        ({**references.FLUX1_SCHEDULER, "use_dynamic_shifting": False}, 1024),
         ({"shift": 1.0}, 256),
     ],
 )
@@ -310,7 +310,10 @@ def test_discrete_levels_are_those_that_the_sampler_visits(config: dict[str, Any
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     mu = calculate_shift(
         tokens,
-        *(FLUX1_SCHEDULER[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")),
+        *(
+            references.FLUX1_SCHEDULER[key]
+            for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        ),
     )
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     levels = sampler_sigmas(TimestepConfig(kind="discrete", steps=steps, shift=sampler_shift(config, tokens)))
@@ -321,7 +324,7 @@ def test_discrete_levels_are_those_that_the_sampler_visits(config: dict[str, Any
 @pytest.mark.parametrize("preset", ["flux1", "hyperflux"])
 def test_the_presets_shift_is_flux1s_at_1024_pixels(preset: str) -> None:
     timesteps = yaml.safe_load((ROOT / "params" / "kd" / f"{preset}.yaml").read_text())["timesteps"]
-    assert timesteps["shift"] == pytest.approx(sampler_shift(FLUX1_SCHEDULER, 4096), rel=1e-12)
+    assert timesteps["shift"] == pytest.approx(sampler_shift(references.FLUX1_SCHEDULER, 4096), rel=1e-12)
     assert timesteps["shift"] == pytest.approx(math.exp(1.15), rel=1e-12)
 
 
@@ -334,7 +337,7 @@ def test_discrete_levels_must_be_the_samplers_own(folder: Path) -> None:
     check()
     with pytest.raises(ConfigError, match=r"kd.timesteps.steps is 8, but model.num_inference_steps is 20"):
         check(20)
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(FLUX1_SCHEDULER))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(references.FLUX1_SCHEDULER)))
     mu = calculate_shift((16 // 4) ** 2)
     with pytest.raises(
         ConfigError, match=f"kd.timesteps.shift is 1, but the teacher's sampler shifts by {math.exp(mu):.6f} at 16"

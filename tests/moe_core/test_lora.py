@@ -366,11 +366,6 @@ def test_what_only_diffusers_can_tell_is_left_to_it(tmp_path: Path) -> None:
     assert lora.read_lora(file, SHAPES).keys() == set(LAYERS)
 
 
-def test_header_and_file_are_read_by_the_same_names() -> None:
-    for name in ("PEFT_PREFIX", "BFL_BLOCKS", "ADAPTER_CONFIG"):
-        assert getattr(lora, name) == getattr(lora_shapes, name)
-
-
 def test_another_kind_of_file_is_never_unpickled(tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     torch.save({"transformer.x_embedder.lora_A.weight": torch.zeros(3, 8)}, file)

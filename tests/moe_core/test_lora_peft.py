@@ -16,7 +16,7 @@ from moe_core import checkpoint, lora
 from moe_core.flux_shapes import dense_shapes
 from tests.moe_core.tiny_pipeline import tiny_pipeline
 
-peft = pytest.importorskip("peft", reason="`make peft` runs these, in an environment with PEFT")
+peft = pytest.importorskip("peft", reason="`make extras` runs these, in an environment with PEFT")
 
 SCALE = 0.125
 SETTINGS: dict[str, Any] = {

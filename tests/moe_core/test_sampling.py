@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,23 @@ def test_a_prompt_is_encoded_the_same_alone_and_in_company():
     alone, _, _ = text_encoding.encode_prompts(tiny_pipeline(), PROMPTS[:1], 8)
     company, _, _ = text_encoding.encode_prompts(tiny_pipeline(), PROMPTS[::-1], 8)
     assert torch.equal(alone[0], company[2])
+
+
+def test_a_sharded_encoder_runs_once_for_all_prompts_and_keeps_none(monkeypatch: pytest.MonkeyPatch):
+    pipeline, calls = tiny_pipeline(), []
+    monkeypatch.setattr(text_encoding, "is_sharded", lambda module: module is pipeline.text_encoder_2)
+    monkeypatch.setattr(text_encoding, "_encode", partial(_noted, text_encoding._encode, calls))
+    for _ in range(2):
+        together = text_encoding.encode_prompts(pipeline, PROMPTS, 8)
+    assert calls == [list(PROMPTS)] * 2
+    assert pipeline not in text_encoding._CACHES
+    for found, alone in zip(together, text_encoding.encode_prompts(tiny_pipeline(), PROMPTS, 8), strict=True):
+        torch.testing.assert_close(found, alone)
+
+
+def _noted(encode, calls, pipeline, captions, length):
+    calls.append(captions)
+    return encode(pipeline, captions, length)
 
 
 def test_no_more_tokens_are_encoded_than_asked_for():

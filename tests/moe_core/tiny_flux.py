@@ -45,7 +45,7 @@ def make_student(
 ) -> FluxMoETransformer2DModel:
     """A sparse model with random weights, as in the stage of that name."""
     torch.manual_seed(seed)
-    student = FluxMoETransformer2DModel(**SIZES, **{**STUDENTS[kind], **overrides}).to(dtype)
+    student = FluxMoETransformer2DModel(**{**SIZES, **STUDENTS[kind], **overrides}).to(dtype)
     student.set_expert_backend("loop")
     return student
 

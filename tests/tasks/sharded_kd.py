@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def write_models(folder: Path, dtype: torch.dtype = torch.float64) -> Path:
+def write_models(folder: Path, dtype: torch.dtype = torch.float64, **sizes: Any) -> Path:
     """A teacher and a student of each kind, as folders."""
-    make_teacher(dtype=dtype).save_pretrained(folder / "teacher")
+    make_teacher(dtype=dtype, **sizes).save_pretrained(folder / "teacher")
     for kind in TRAINED:
-        make_student(kind, dtype=dtype).save_pretrained(folder / kind)
+        make_student(kind, dtype=dtype, **sizes).save_pretrained(folder / kind)
     return folder
 
 

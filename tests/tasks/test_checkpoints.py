@@ -89,6 +89,42 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> No
         checkpoints.check(checkpoint)
 
 
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_counters_of_a_fused_adamw_lie_beside_their_weights(option: str) -> None:
+    """Its kernel refuses a counter on another device than the weight's."""
+    weight, other = nn.Parameter(torch.empty(2, device="meta")), nn.Parameter(torch.empty(2, device="meta"))
+    optim = torch.optim.AdamW([{"params": [weight]}, {"params": [other]}])
+    optim.param_groups[0][option] = True
+    assert optimizer.counter_device(optim, weight) == torch.device("meta")
+    assert optimizer.counter_device(optim, other) == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_training_on_a_gpu_goes_on_after_its_checkpoint(tmp_path: Path, kind: str) -> None:
+    config = OptimizerConfig(steps=10, batch_size=8, learning_rate=0.1, weight_decay=0.1, optimizer=kind)
+
+    def train(module: nn.Module, optim: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).cuda()
+            optim.zero_grad()
+            module((x, x.sum(1)))["loss"].backward()
+            optim.step()
+
+    torch.manual_seed(0)
+    whole = Linear().cuda()
+    optim = optimizer.build(config, whole)
+    train(whole, optim, 0, 3)
+    checkpoint = checkpoints.save(tmp_path, 3, whole, optim)
+    train(whole, optim, 3, 6)
+    torch.manual_seed(0)
+    again = Linear().cuda()
+    optim = optimizer.build(config, again)
+    checkpoints.load(checkpoint, again, optim)
+    train(again, optim, 3, 6)
+    assert torch.equal(again.layer.weight, whole.layer.weight)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_eight_bit_moments_go_on_nearly_as_they_were(tmp_path: Path) -> None:

@@ -257,6 +257,19 @@ def test_planned_memory_is_near_what_sharded_weights_really_take(tmp_path: Path)
     assert all(abs(ratio - 1) <= WITHIN for found in ratios for ratio in found.values()), ratios
 
 
+def test_eight_bit_moments_are_planned_without_torchao() -> None:
+    plain, low = (params(f"kd.shared_expert.optimizer.optimizer={kind}") for kind in ("adamw", "adamw8bit"))
+    stages = [
+        costs.distillation("shared_expert_kd", values.kd.shared_expert, costs.configs["shared"])
+        for values in (plain, low)
+        for costs in (Costs(values, describe(values.model)),)
+    ]
+    trained = stages[0].memory["optimizer"] / (2 * 4)
+    # Two bytes a weight, and two scales for each 256 of them.
+    assert stages[1].memory["optimizer"] == pytest.approx(trained * (2 + 2 * 4 / 256), rel=0.02)
+    assert stages[1].disk == stages[0].disk
+
+
 def test_what_fits_and_what_does_not_is_said_by_name_and_number() -> None:
     values = params("compute.gpu_memory_gb=1", "compute.tflops=2", "compute.use_gpu=true")
     stages = [
@@ -302,6 +315,7 @@ def test_a_teacher_that_nobody_knows_is_an_error_with_its_name(monkeypatch: pyte
 def test_bad_overrides_end_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert plan.main(["experiment=flux1-moe-l", "data.path=/tars", "moe.top_k=13"]) == 2
+    assert capsys.readouterr().err == "params/: moe: top_k is 13, but there are 12 experts\n"
     monkeypatch.setattr("sys.argv", ["dense2moe", "plant"])
     assert command.main() == 2
     assert "usage: dense2moe plan" in capsys.readouterr().err

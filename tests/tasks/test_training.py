@@ -160,6 +160,25 @@ def test_a_loss_that_is_no_number_ends_the_run_before_its_checkpoint(tmp_path: P
     assert [p.name for p in (tmp_path / "train").glob("step-*")] == ["step-00000005"]
 
 
+@pytest.mark.parametrize(("at", "step"), [(32, 5), (152, 20)])
+def test_a_finite_loss_with_a_gradient_that_is_no_number_leaves_no_checkpoint_and_no_product(
+    tmp_path: Path, phase: Maker, at: int, step: int
+) -> None:
+    """In the step before a checkpoint, and in the last one: the loss does not show it, the weights have it."""
+    with pytest.raises(TrainingError, match=rf"train: the norm of the gradients is (nan|inf) at step {step}; a lower"):
+        run([phase(steep_at=at)], tmp_path)
+    assert not (tmp_path / "train" / f"step-{step:08d}").exists()
+    assert not (tmp_path / "train" / PRODUCT).exists()
+
+
+def test_a_validation_that_is_no_number_ends_the_run(
+    tmp_path: Path, phase: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.tasks.trivial.Trivial.validate", lambda self: {"loss": float("inf")})
+    with pytest.raises(TrainingError, match="train: the validation's loss is inf at step 0"):
+        run([phase()], tmp_path)
+
+
 def test_a_trainee_with_nothing_to_train_is_refused(tmp_path: Path, phase: Maker) -> None:
     broken = Phase(**{**phase().__dict__, "build": "tests.tasks.trivial:build_frozen"})
     with pytest.raises(ConfigError, match="no parameter is trained"):

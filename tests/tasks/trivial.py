@@ -23,26 +23,39 @@ class Linear(nn.Module):
         self.layer = nn.Linear(WIDTH, 1)
         self.unused = nn.Linear(WIDTH, 1)
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.steep = False
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         x, y = batch
         error = (self.layer(self.frozen(x)).squeeze(1) - y).square().mean()
+        if self.steep:
+            # Adds 0, and a root's slope at 0.
+            error = error + (error - error.detach()).abs().sqrt()
         return {"loss": error, "error": error.detach().sqrt()}
 
 
 class Trivial:
     """The trainee. `kill_at`: the worker kills itself at this step, once; `mark` remembers that it did."""
 
-    def __init__(self, steps_seconds: float, kill_at: int | None, mark: str | None, nan_at: int | None) -> None:
+    def __init__(
+        self,
+        steps_seconds: float,
+        kill_at: int | None,
+        mark: str | None,
+        nan_at: int | None,
+        steep_at: int | None = None,
+    ) -> None:
         torch.manual_seed(0)
         self.module = Linear()
         self.seconds, self.kill_at, self.mark, self.nan_at = steps_seconds, kill_at, mark, nan_at
+        self.steep_at = steep_at
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         if self.kill_at is not None and self.mark and positions[0] >= self.kill_at and not Path(self.mark).exists():
             Path(self.mark).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
+        self.module.steep = self.steep_at is not None and positions[0] >= self.steep_at
         x = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(p)) for p in positions])
         y = x.sum(1)
         return x, y * float("nan") if self.nan_at is not None and positions[0] >= self.nan_at else y
@@ -71,8 +84,9 @@ def build(
     kill_at: int | None = None,
     mark: str | None = None,
     nan_at: int | None = None,
+    steep_at: int | None = None,
 ) -> Trivial:
-    return Trivial(seconds, kill_at, mark, nan_at)
+    return Trivial(seconds, kill_at, mark, nan_at, steep_at)
 
 
 def build_frozen(device: torch.device) -> Trivial:

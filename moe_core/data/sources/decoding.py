@@ -61,7 +61,7 @@ def decode(sample: Sample, buckets: Sequence[tuple[int, int]], filters: FiltersC
         return Reject(
             sample.key,
             "broken_image",
-            f"{sample.key}: image of {len(sample.image)} bytes cannot be decoded ({error or type(error).__name__});"
+            f"{sample.key}: image of {len(sample.image)} bytes cannot be decoded ({str(error) or type(error).__name__});"
             " it must be PNG, JPEG or WebP",
         )
 

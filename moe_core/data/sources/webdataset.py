@@ -132,7 +132,8 @@ def _members(tar: Path, name: str) -> Iterator[_Member | Reject]:
             except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - as above
-                yield _truncated(tar, name, str(error))
+                # What a RecursionError says hangs on the caller's depth.
+                yield _truncated(tar, name, "nested too deep" if isinstance(error, RecursionError) else str(error))
                 return
             if member is None:
                 break
