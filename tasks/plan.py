@@ -89,14 +89,25 @@ def _stages(params: Params, stages: Sequence[StageCost]) -> list[str]:
             str(stage.gpus),
             _gigabytes(stage.peak),
             _gigabytes(stage.disk),
+            _gigabytes(stage.meanwhile),
         ]
         for stage in stages
     ]
     total = sum(stage.flops for stage in stages)
     hours = "not stated" if tflops is None else f"{total / tflops / 3.6e15:.4g}"
-    rows.append(["all", "", f"{total / 1e15:.4g}", hours, "", "", _gigabytes(sum(stage.disk for stage in stages))])
+    kept, more = sum(stage.disk for stage in stages), max(stage.meanwhile for stage in stages)
+    rows.append(["all", "", f"{total / 1e15:.4g}", hours, "", "", _gigabytes(kept), _gigabytes(more)])
     device = "GPU" if params.compute.use_gpu else "worker"
-    head = ["stage", "work", "PFLOPs", f"{device} hours", f"{device}s", f"GB on each {device}", "GB on disk"]
+    head = [
+        "stage",
+        "work",
+        "PFLOPs",
+        f"{device} hours",
+        f"{device}s",
+        f"GB on each {device}",
+        "GB on disk",
+        "more while it runs",
+    ]
     return _table(head, rows)
 
 

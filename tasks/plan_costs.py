@@ -42,7 +42,9 @@ class StageCost:
     memory: Mapping[str, float] = field(default_factory=dict)
     """bytes on one GPU at the worst moment, by kind"""
     disk: float = 0.0
-    """bytes of its outs, and of its checkpoints while it trains"""
+    """bytes of its outs"""
+    meanwhile: float = 0.0
+    """bytes on disk while it runs, gone when it is done: checkpoints, the student to begin with"""
     parameters: accounting.Counts | None = None
     """of the model that it makes or judges"""
     step_flops: float = 0.0
@@ -132,10 +134,9 @@ class Costs:
         }
         memory = max(together, vae.most.by_kind, key=lambda kinds: sum(kinds.values()))
         flops = self._passes("teacher", config) * flow.flops + self._passes("teacher", training.vae) * vae.flops
-        state = self._checkpoint(config, counts.total)
         return StageCost(
-            "teacher", f"{config.steps} steps of {config.batch_size}", flops, memory, disk + state, counts,
-            gpus=self._gpus("teacher"),
+            "teacher", f"{config.steps} steps of {config.batch_size}", flops, memory, disk,
+            self._checkpoint(config, counts.total), counts, gpus=self._gpus("teacher"),
         )  # fmt: skip
 
     def shard(self) -> StageCost:
@@ -198,10 +199,10 @@ class Costs:
         validations = (1 + math.ceil(optim.steps / stage.validate_every)) * params.kd.validation_samples
         once = self._flops(self.configs["teacher"]) + self._flops(config) + text_flops
         flops = samples * (cost.flops / local + text_flops) + validations * once
-        # The product, and beside the checkpoints the student to begin with.
-        disk = 2 * counts.total * low.itemsize + self._checkpoint(optim, trained)
+        disk = counts.total * low.itemsize
+        meanwhile = disk + self._checkpoint(optim, trained)
         work = f"{optim.steps} steps of {optim.batch_size}, {local} at once on a GPU"
-        return StageCost(name, work, flops, memory, disk, counts, gpus=self._gpus(name))
+        return StageCost(name, work, flops, memory, disk, meanwhile, counts, gpus=self._gpus(name))
 
     def evaluation(self, name: str) -> StageCost:
         """Pictures of all prompts, and the validation loss."""

@@ -267,18 +267,18 @@ def test_eight_bit_moments_are_planned_without_torchao() -> None:
     trained = stages[0].memory["optimizer"] / (2 * 4)
     # Two bytes a weight, and two scales for each 256 of them.
     assert stages[1].memory["optimizer"] == pytest.approx(trained * (2 + 2 * 4 / 256), rel=0.02)
-    assert stages[1].disk == stages[0].disk
+    assert stages[1].meanwhile == stages[0].meanwhile
 
 
 def test_what_fits_and_what_does_not_is_said_by_name_and_number() -> None:
     values = params("compute.gpu_memory_gb=1", "compute.tflops=2", "compute.use_gpu=true")
     stages = [
-        StageCost("importance", "work", 7.2e15, {"teacher": 0.2e9, "activations": 0.3e9}, 2e9),
+        StageCost("importance", "work", 7.2e15, {"teacher": 0.2e9, "activations": 0.3e9}, 2e9, 5e9),
         StageCost("mob_kd@M", "work", 3.6e15, {"teacher": 0.5e9, "student": 0.5e9}, 1e9, gpus=4),
     ]
     text = plan.render(values, stages)
-    assert "| `importance` | work | 7.2 | 1 | 1 | 0.5 | 2.0 |" in text
-    assert "| all |  | 10.8 | 1.5 |  |  | 3.0 |" in text
+    assert "| `importance` | work | 7.2 | 1 | 1 | 0.5 | 2.0 | 5.0 |" in text
+    assert "| all |  | 10.8 | 1.5 |  |  | 3.0 | 5.0 |" in text
     assert "**`mob_kd@M` does not fit**: it needs 1.0 GB of tensors, a GPU has 0.95 of 1 GB" in text
     assert "kd.mob.optimizer.micro_batch" in text
     assert plan.crowded(values, stages) == stages[1:]
