@@ -163,6 +163,12 @@ def to_mob(
     return fill(mob_recipe(student, level, mob, block_change, seed), student=student)
 
 
+@torch.no_grad()
+def to_depth(student: FluxTransformer2DModel, drop: Mapping[str, Collection[int]]) -> FluxMoETransformer2DModel:
+    """Drops blocks of a dense model, or of one that was cut so before (kind -> the model's own numbers). Raises ConfigError for others."""
+    return fill(depth_recipe(student, drop), student=student)
+
+
 def shared_recipe(
     teacher: FluxTransformer2DModel,
     scores: Mapping[str, Tensor],
@@ -274,6 +280,21 @@ def mob_recipe(
         else:  # the router of a new group
             make = partial(_drawn, recipe.shapes[name], mob.router_init_std, seed, original)
             recipe.add(name, [_first_parameter(student)], make)
+    return recipe.finished()
+
+
+def depth_recipe(student: FluxTransformer2DModel, drop: Mapping[str, Collection[int]]) -> Recipe:
+    """How `to_depth` makes its model of the source `student`, of which only the structure is used."""
+    shallow = on_meta(structure.depth_config(student.config, drop))
+    recipe, kept = Recipe(shallow, {"student": student}), dict[str, str]()
+    for kind, name in structure.KINDS.items():
+        left = [number for number in range(len(getattr(student, name))) if number not in drop.get(kind, ())]
+        kept |= {f"{name}.{position}": f"{name}.{number}" for position, number in enumerate(left)}
+    for name in recipe.shapes:
+        block, rest = name.split(".")[:2], name.split(".")[2:]
+        source = ".".join([kept.get(".".join(block), ".".join(block)), *rest])
+        recipe.add(name, [Ref("student", source)], unchanged)
+    recipe.leave("student")
     return recipe.finished()
 
 

@@ -3,7 +3,7 @@ No loop, no devices.
 
 - One step serves all stages; the stage's parameters say what trains and how the parts weigh, the student's
   structure says the rest: where it has MoB groups, features are compared at the ends of groups only (the paper's
-  group feature loss), otherwise after every block.
+  group feature loss), otherwise after every block; after those before gaps only where they alone are trained.
 - A router's balance counts where the router is trained. Balance is summed over layers, as Switch Transformers do
   and as eq. 8 does for features.
 - The teacher is no submodule: its parameters are neither trained, saved, nor moved with the step.
@@ -11,7 +11,7 @@ No loop, no devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +90,13 @@ def predict(model: nn.Module, batch: KDBatch, noisy: Tensor | None = None) -> Te
     )[0]
 
 
-def feature_pairs(student: FluxMoETransformer2DModel) -> list[tuple[str, str]]:
-    """(student's block or group, teacher's block) whose outputs a stage compares: the groups where there are any,
-    otherwise all blocks."""
+def feature_pairs(student: FluxMoETransformer2DModel, trained: Collection[str] = ()) -> list[tuple[str, str]]:
+    """(student's block or group, teacher's block) whose outputs a stage compares: the groups where there are any, the blocks before
+    gaps where these alone are `trained`, otherwise all blocks."""
     pairs = student.feature_names()
     groups = [pair for pair in pairs if isinstance(student.get_submodule(pair[0]), MoBGroup)]
+    if not groups and set(trained) == {"gap_blocks"}:
+        return [pair for pair in pairs if pair[0] in student.gap_blocks()]
     return groups or pairs
 
 
@@ -114,7 +116,7 @@ class KDStep(nn.Module):
         student.set_trainable(stage.train)
         if stage.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        self.pairs = feature_pairs(student)
+        self.pairs = feature_pairs(student, stage.train)
 
     @property
     def teacher(self) -> nn.Module:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -97,6 +97,14 @@ def to_mob(
     with ModelFolder(student, FluxTransformer2DModel, FluxMoETransformer2DModel) as start:
         recipe = convert.mob_recipe(start.model, level, mob, block_change, seed)
         _follow(recipe, {"student": start}, out, max_shard_bytes)
+
+
+def to_depth(
+    student: Path, out: Path, drop: Mapping[str, Collection[int]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """`convert.to_depth` from folder `student`, of a dense model or one cut in its depth before, to folder `out`."""
+    with ModelFolder(student, FluxTransformer2DModel, FluxMoETransformer2DModel) as start:
+        _follow(convert.depth_recipe(start.model, drop), {"student": start}, out, max_shard_bytes)
 
 
 def start_errors(teacher: Path, conditioning_bank: Tensor, moe: MoEConfig, seed: int = 0) -> adaln.Start:

@@ -17,6 +17,7 @@ from moe_core.errors import ConfigError
 from moe_core.transformer import check_groups
 
 KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+COUNTS = {"double": "num_layers", "single": "num_single_layers"}
 
 
 def dense_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +57,22 @@ def mob_config(
     for kind, wanted in (("double", level.double), ("single", level.single)):
         section[f"{kind}_groups"] = _groups(start, kind, wanted, old[f"{kind}_groups"], block_change)
     return {**start, "mob": section}
+
+
+def depth_config(start: Mapping[str, Any], drop: Mapping[str, Collection[int]]) -> dict[str, Any]:
+    """A dense model, or one that was cut in its depth before, without its blocks of these numbers (kind -> numbers; its own)."""
+    if start.get("moe") is not None or start.get("mob") is not None:
+        raise ConfigError("blocks are dropped from dense models only; this one has MoE layers or MoB groups")
+    dropped = start.get("dropped_blocks") or {}
+    config, section = dense_part(start), {}
+    for kind, key in COUNTS.items():
+        before = list(dropped.get(kind, []))
+        originals = [number for number in range(start[key] + len(before)) if number not in before]
+        if wrong := [number for number in drop.get(kind, ()) if not 0 <= number < start[key]]:
+            raise ConfigError(f"{kind} block {wrong[0]} cannot be dropped: the model has {start[key]}")
+        section[kind] = sorted(before + [originals[number] for number in drop.get(kind, ())])
+        config[key] = start[key] - len(set(drop.get(kind, ())))
+    return {**config, "conditioning_dim": start.get("conditioning_dim"), "dropped_blocks": section}
 
 
 def moe_section(moe: MoEConfig) -> dict[str, Any]:

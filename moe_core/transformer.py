@@ -35,7 +35,7 @@ from moe_core.errors import CheckpointError, ConfigError
 from moe_core.mob import BlockRouter, MoBGroup
 from moe_core.moe import MoELayer
 
-PARTS = ("shared", "conditioning", "experts", "router", "group_blocks", "block_router", "rest")
+PARTS = ("shared", "conditioning", "experts", "router", "group_blocks", "block_router", "gap_blocks", "rest")
 """What a parameter can belong to, see `FluxMoETransformer2DModel.part_of`."""
 
 MOE_DEFAULTS: dict[str, Any] = {
@@ -115,6 +115,8 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         moe: keys of MOE_DEFAULTS; None: dense FFNs.
         conditioning_dim: width of the conditioning that the AdaLN layers take; None: the model's width.
         mob: keys of MOB_DEFAULTS; None: no groups.
+        dropped_blocks: numbers of the teacher's blocks that are not there, `double` and `single`; None: none. All other numbers here
+            are of the blocks that are.
 
     Raises ConfigError for unknown keys, ratios that do not add up, widths that are not whole, top_k above the number of
     experts, and groups that are not consecutive, overlap, or name blocks that do not exist.
@@ -141,6 +143,7 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         moe: dict[str, Any] | None = None,
         conditioning_dim: int | None = None,
         mob: dict[str, Any] | None = None,
+        dropped_blocks: dict[str, list[int]] | None = None,
     ):
         # The parent makes everything but the blocks: dense ones would only be thrown away.
         super().__init__(
@@ -159,9 +162,16 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         moe = _complete("moe", moe, MOE_DEFAULTS)
         mob = _complete("mob", mob, MOB_DEFAULTS)
         # Also puts right the numbers of blocks, which the parent has just registered as 0.
-        self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers, moe=moe, mob=mob)
+        dropped_blocks = _complete("dropped_blocks", dropped_blocks, {"double": [], "single": []})
+        self.register_to_config(
+            num_layers=num_layers, num_single_layers=num_single_layers, moe=moe, mob=mob, dropped_blocks=dropped_blocks
+        )
         if moe is not None:
             _check_moe(moe, self.inner_dim, num_layers)
+        self._originals = {
+            kind: _original_numbers(kind, count, (dropped_blocks or {}).get(kind, []))
+            for kind, count in (("double", num_layers), ("single", num_single_layers))
+        }
 
         double = [self._double_block(index) for index in range(num_layers)]
         single = [self._single_block() for _ in range(num_single_layers)]
@@ -169,6 +179,7 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         self.single_transformer_blocks = self._grouped(single, "single_groups")
         if conditioning_dim is not None:
             self._narrow_conditioning(conditioning_dim)
+        self._gaps = frozenset(self.gap_blocks())
 
     # -- construction
 
@@ -255,19 +266,34 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         """(name of a block or group here, name of the teacher's block whose output it stands for), in order of
         computation.
 
-        A group stands for its last block. Both are names for `get_submodule`, of this model and of the dense teacher.
+        A group stands for its last block, and a block after which some were dropped for the last of these. Both are names for
+        `get_submodule`, of this model and of the dense teacher.
         """
         names = []
-        for kind in ("transformer_blocks", "single_transformer_blocks"):
-            last = -1
+        for kind, originals in zip(("transformer_blocks", "single_transformer_blocks"), self._originals.values()):
+            after = 0
             for position, block in enumerate(getattr(self, kind)):
-                last += len(block.blocks) if isinstance(block, MoBGroup) else 1
-                names.append((f"{kind}.{position}", f"{kind}.{last}"))
+                after += len(block.blocks) if isinstance(block, MoBGroup) else 1
+                names.append((f"{kind}.{position}", f"{kind}.{originals[after] - 1}"))
         return names
 
+    def gap_blocks(self) -> list[str]:
+        """Names of the blocks after which some of the teacher's were dropped."""
+        gaps = []
+        for kind, originals in zip(("transformer_blocks", "single_transformer_blocks"), self._originals.values()):
+            after = 0
+            for position, block in enumerate(getattr(self, kind)):
+                after += len(block.blocks) if isinstance(block, MoBGroup) else 1
+                if originals[after] > originals[after - 1] + 1:
+                    gaps.append(f"{kind}.{position}")
+        return gaps
+
     def part_of(self, name: str) -> str:
-        """Which of PARTS the parameter of this name belongs to. In a group's blocks, all is `group_blocks`."""
+        """Which of PARTS the parameter of this name belongs to. In a group's blocks, all is `group_blocks`; in one before a gap, `gap_blocks`."""
         module: nn.Module = self
+        block = ".".join(name.split(".")[:2])
+        if block in self._gaps and not isinstance(self.get_submodule(block), MoBGroup):
+            return "gap_blocks"
         for piece in name.split("."):
             if isinstance(module, MoBGroup):
                 return "block_router" if piece == "router" else "group_blocks"
@@ -343,6 +369,18 @@ def check_groups(groups: Sequence[Sequence[int]], count: int, where: str) -> lis
             raise ConfigError(f"{where}: block {group[0]} stands in two groups; a block may be in one")
         end = group[-1] + 1
     return ordered
+
+
+def _original_numbers(kind: str, count: int, dropped: Sequence[int]) -> list[int]:
+    """The teacher's numbers of `count` blocks that are left of it, and, at the end, how many it has."""
+    total = count + len(dropped)
+    wrong = [number for number in dropped if not 0 <= number < total]
+    if wrong or len(set(dropped)) < len(dropped):
+        raise ConfigError(
+            f"dropped_blocks.{kind} is {list(dropped)}; with {count} blocks left they must be {len(dropped)} different numbers"
+            f" of 0 to {total - 1}"
+        )
+    return [*(number for number in range(total) if number not in dropped), total]
 
 
 def _complete(section: str, values: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -27,11 +27,12 @@ PROMPTS_SHOWN = 32
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores a FFN, conditioning vectors, and each block's mean relative change."""
+    """Scores a FFN, conditioning vectors, and each block's mean relative change, and mean squared one."""
 
     scores: dict[str, Tensor]
     conditioning: Tensor
     block_change: dict[str, float]
+    block_error: dict[str, float]
 
 
 def save(
@@ -49,8 +50,8 @@ def load(folder: Path) -> Importance:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; stage importance writes it")
     change = json.loads((folder / CHANGE).read_text())
-    means = dict(zip(change["blocks"], change["relative"], strict=True))
-    return Importance(load_file(folder / SCORES), load_file(folder / CONDITIONING)["vectors"], means)
+    means, errors = (dict(zip(change["blocks"], change[kind], strict=True)) for kind in ("relative", "mse"))
+    return Importance(load_file(folder / SCORES), load_file(folder / CONDITIONING)["vectors"], means, errors)
 
 
 def _change(blocks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moe_core.errors import ConfigError, Dense2MoEError
-from tasks.places import CURVES, EVALUATIONS, IMAGES, MOB, STAGE_REPORTS
+from tasks.places import BASELINES, CURVES, EVALUATIONS, IMAGES, MOB, STAGE_REPORTS
 from tasks.project import read_params
 
 
 def find(root: Path, models: Collection[str]) -> list[Path]:
     """Outs below `root` of models that are none of `models`, the keys of the parameters' section of that name."""
     named = [
-        *((path, path.name) for path in _inside(root / MOB)),
+        *((path, path.name) for folder in (MOB, BASELINES) for path in _inside(root / folder)),
         *((path, path.name) for path in _inside(root / IMAGES)),
         *((path, path.stem) for path in _inside(root / EVALUATIONS)),
         *((path, path.stem.partition("-")[2]) for path in _reports(root)),
@@ -54,7 +54,9 @@ def _inside(folder: Path) -> list[Path]:
 def _reports(root: Path) -> list[Path]:
     """Reports of the stages that there are one of for each model or level."""
     folders = (root / STAGE_REPORTS, root / CURVES)
-    return [path for folder in folders for kind in ("mob_kd", "evaluate") for path in folder.glob(f"{kind}-*")]
+    return [
+        path for folder in folders for kind in ("mob_kd", "baseline", "evaluate") for path in folder.glob(f"{kind}-*")
+    ]
 
 
 def main() -> int:

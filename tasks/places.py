@@ -11,6 +11,8 @@ IMPORTANCE = Path("data/importance")
 SHARED_EXPERT = Path("data/checkpoints/shared_expert")
 MOE = Path("data/checkpoints/moe")
 MOB = Path("data/checkpoints/mob")
+BASELINES = Path("data/checkpoints/baselines")
+"""Those that stages make; `data/baselines` has the ones that were given."""
 IMAGES = Path("data/images")
 STAGE_REPORTS = Path("reports/stages")
 CURVES = Path("reports/curves")

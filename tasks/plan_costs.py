@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moe_core import accounting, checkpoint, dry_run, structure
-from moe_core.config import KDStageConfig, OptimizerConfig, Params
+from moe_core.config import BaselineConfig, KDStageConfig, OptimizerConfig, Params
 from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, VAE, Cost, Inputs, Unit
 from moe_core.memory import ACTIVATIONS
 from moe_core.teacher_training import VAEStep
@@ -88,6 +88,8 @@ class Costs:
         made.append(self.distillation("moe_kd", self.params.kd.moe, self.configs["L"]))
         for level in self.params.mob.levels:
             made.append(self.distillation(f"mob_kd@{level}", self.params.kd.mob, self.configs[level]))
+        for name, baseline in self.params.baselines.items():
+            made.append(self.distillation(f"baseline@{name}", baseline.kd, self.configs[name]))
         return [*made, *(self.evaluation(name) for name in self.configs), self.latency()]
 
     @cached_property
@@ -109,10 +111,24 @@ class Costs:
             level = next(name for name in waiting if starts[mob.levels[name].init] in found)
             waiting.remove(level)
             found[level] = structure.mob_config(found[starts[mob.levels[level].init]], mob.levels[level], mob, change)
+        found |= {name: self._baseline(baseline) for name, baseline in self.params.baselines.items()}
         baselines = {name: model.checkpoint for name, model in self.params.models.items() if name not in found}
         for name, folder in baselines.items():
             found[name] = structure.dense_part(checkpoint.read_config(Path(folder)))
         return {name: found[name] for name in self.params.models}
+
+    def _baseline(self, baseline: BaselineConfig) -> dict[str, Any]:
+        dense = self.teacher.transformer
+        if baseline.ratio is not None:
+            width = self.params.moe.conditioning_dim if baseline.compress_conditioning else None
+            cut = self.params.moe.model_copy(update={"shared_ratio": baseline.ratio, "conditioning_dim": width})
+            return structure.shared_config(dense, cut)
+        # Which blocks go is found by their importance; what is left costs the same. What an earlier step dropped stays dropped.
+        start = self.params.baselines.get(baseline.init.removeprefix("checkpoints/baselines/"))
+        config = dict(dense) if start is None else self._baseline(start)
+        left = {"double": baseline.double_blocks, "single": baseline.single_blocks}
+        gone = {kind: range(left[kind] or config[key], config[key]) for kind, key in structure.COUNTS.items()}
+        return structure.depth_config(config, gone)
 
     # -- stages
 

@@ -15,7 +15,7 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from moe_core.config import KDStageConfig, MoBGroupsConfig, Params
+from moe_core.config import BaselineConfig, KDStageConfig, MoBGroupsConfig, Params
 from tasks import outs, report_figures, report_findings, report_table
 from tasks.report_gallery import gallery, sheet
 from tasks.report_inputs import Inputs, fingerprints, load
@@ -24,6 +24,11 @@ from tasks.stage import Stage, execute
 from tasks.tracking import metrics_frame
 
 TEMPLATES = Path(__file__).parent / "templates"
+BASELINES = {
+    "diff_pruning": "Diff-Pruning: FFNs cut by Taylor scores",
+    "lite": "Lite: the blocks of least change dropped, those before gaps trained",
+    "bk": "BK-SDM: blocks dropped at equal distances, all weights trained",
+}
 MARKS = {"holds": "holds", "short": "falls short", "note": "note"}
 
 
@@ -103,6 +108,8 @@ def settings(params: Params) -> list[tuple[str, str]]:
     for name, level in mob.levels.items():
         parts = [text for kind in ("double", "single") if (text := _groups(getattr(level, kind), kind))]
         lines.append((f"Level {name}", f"{' and '.join(parts) or 'no groups'}, {mob.active} active; from {level.init}"))
+    for name, made in params.baselines.items():
+        lines.append((f"Baseline {name}", f"{_baseline(made)}; from {made.init}. {_kd(made.kd)}"))
     for name, stage in (
         ("Shared-expert KD", params.kd.shared_expert),
         ("MoE KD", params.kd.moe),
@@ -148,6 +155,13 @@ def _groups(groups: MoBGroupsConfig, kind: str) -> str:
         if groups.groups
         else ""
     )
+
+
+def _baseline(made: BaselineConfig) -> str:
+    blocks = {"double": made.double_blocks, "single": made.single_blocks}
+    left = [f"{count} {kind} blocks" for kind, count in blocks.items() if count is not None]
+    what = f"r = {made.ratio:g}" if made.ratio is not None else f"{' and '.join(left)} left"
+    return f"{BASELINES[made.method]}, {what}"
 
 
 def _kd(stage: KDStageConfig) -> str:

@@ -76,6 +76,7 @@ class StageSummary(Record):
     fingerprint: str
     metrics: dict[str, Any]
     groups: dict[str, list[list[int]]] | None = None
+    dropped_blocks: dict[str, list[int]] | None = None
 
 
 class Evaluator(Record):
@@ -171,7 +172,8 @@ TEACHER_PARTS = ("teacher-vae", "teacher-text")
 def trained_stages(params: Params) -> tuple[str, ...]:
     """The stages that have loss curves, in the DAG's order."""
     teacher = (*TEACHER_PARTS, "teacher") if params.model.source == "train" else ()
-    return (*teacher, "shared_expert_kd", "moe_kd", *(f"mob_kd-{level}" for level in params.mob.levels))
+    baselines = [f"baseline-{name}" for name in params.baselines]
+    return (*teacher, "shared_expert_kd", "moe_kd", *(f"mob_kd-{level}" for level in params.mob.levels), *baselines)
 
 
 def fingerprints(root: Path, params: Params) -> dict[str, str]:

@@ -5,6 +5,7 @@
 - Nothing here says where a run takes place: `compute` is the one section that no stage's identity includes.
 """
 
+from moe_core.config.baselines import BaselineConfig
 from moe_core.config.compute import ComputeConfig, ComputingStage, StageCompute
 from moe_core.config.data import (
     KINDS,
@@ -34,6 +35,7 @@ from moe_core.config.training import OptimizerConfig, TimestepConfig
 __all__ = [
     "KINDS",
     "LATENT_PATCH",
+    "BaselineConfig",
     "ClassifierConfig",
     "ComputeConfig",
     "ComputingStage",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_core.config import EvaluatedModel, MoBConfig, MoEConfig, Params
+    from moe_core.config import BaselineConfig, EvaluatedModel, MoBConfig, MoEConfig, Params
 
 FLUX_RATIO = 4.0
 """Hidden width of FLUX's FFNs over its width."""
@@ -34,16 +34,53 @@ def check_widths(moe: MoEConfig, width: int) -> None:
         )
 
 
-def check_levels(mob: MoBConfig, models: Mapping[str, EvaluatedModel]) -> None:
-    """What is evaluated must be what is made, and baselines in their folder; a level that starts from another keeps that one's groups."""
+def check_baselines(
+    baselines: Mapping[str, BaselineConfig], moe: MoEConfig, width: int, num_double: int, num_single: int
+) -> None:
+    """Baselines must fit a model of this width and so many blocks; one that starts from another must leave less of it."""
+    for name, baseline in baselines.items():
+        if baseline.ratio is not None:
+            hidden = baseline.ratio * width
+            if baseline.ratio >= moe.expansion_ratio or abs(hidden - round(hidden)) > 1e-6:
+                raise ValueError(
+                    f"baselines.{name}.ratio is {baseline.ratio:g}; it must be below {moe.expansion_ratio:g}, and times the width"
+                    f" {width} a whole number, not {hidden:g}"
+                )
+        start = baselines.get(baseline.init.removeprefix("checkpoints/baselines/"))
+        for key, all_blocks in (("double_blocks", num_double), ("single_blocks", num_single)):
+            there = (getattr(start, key) if start else None) or all_blocks
+            left = getattr(baseline, key)
+            if left is not None and left > there:
+                raise ValueError(f"baselines.{name}.{key} is {left}; the model it starts from has {there}")
+
+
+def check_levels(mob: MoBConfig, baselines: Mapping[str, BaselineConfig], models: Mapping[str, EvaluatedModel]) -> None:
+    """What is evaluated must be what is made, and given baselines in their folder; a level that starts from another keeps its groups."""
     made = {
         "teacher": "data/teacher/transformer",
         "shared": "data/checkpoints/shared_expert",
         "L": "data/checkpoints/moe",
         **{level: f"data/checkpoints/mob/{level}" for level in mob.levels},
+        **{name: f"data/checkpoints/baselines/{name}" for name in baselines},
     }
-    if taken := {"teacher", "shared", "L"} & set(mob.levels):
-        raise ValueError(f"mob.levels has {min(taken)}; that is the name of another model")
+    for where, names, others in (
+        ("mob.levels", mob.levels, {"teacher", "shared", "L"}),
+        ("baselines", baselines, {"teacher", "shared", "L", *mob.levels}),
+    ):
+        if taken := others & set(names):
+            raise ValueError(f"{where} has {min(taken)}; that is the name of another model")
+    possible = ["teacher"]
+    for name, baseline in baselines.items():
+        if baseline.init not in possible:
+            raise ValueError(
+                f"baselines.{name}.init is '{baseline.init}'; it must be one of those before it: {', '.join(possible)}"
+            )
+        possible.append(f"checkpoints/baselines/{name}")
+        origin = baselines.get(baseline.init.removeprefix("checkpoints/baselines/"))
+        if origin is not None and origin.method == "diff_pruning":
+            raise ValueError(
+                f"baselines.{name}.init is '{baseline.init}', whose FFNs are cut; only models of whole blocks lose blocks"
+            )
     places = {name: made.get(name, f"data/baselines/{name}") for name in {**made, **models}}
     if wrong := [name for name, place in places.items() if name not in models or models[name].checkpoint != place]:
         raise ValueError(
@@ -51,7 +88,7 @@ def check_levels(mob: MoBConfig, models: Mapping[str, EvaluatedModel]) -> None:
             f" {', '.join(mob.levels) or 'none'} models must be {', '.join(made)} and baselines, and {wrong[0]}'s checkpoint"
             f" {places[wrong[0]]}"
         )
-    for name in models.keys() - made.keys():
+    for name in models.keys() - made.keys() | baselines.keys():
         if not name.isidentifier():
             raise ValueError(f"models has '{name}'; a baseline's name must be of letters, digits and _ alone")
         if models[name].reference != "data/images/teacher":
@@ -150,6 +187,7 @@ def check_workers(params: Params) -> None:
         ("shared_expert_kd", "kd.shared_expert.optimizer", params.kd.shared_expert.optimizer),
         ("moe_kd", "kd.moe.optimizer", params.kd.moe.optimizer),
         ("mob_kd", "kd.mob.optimizer", params.kd.mob.optimizer),
+        *(("baseline", f"baselines.{name}.kd.optimizer", made.kd.optimizer) for name, made in params.baselines.items()),
     ]
     if (training := params.model.training) is not None:
         batches += [

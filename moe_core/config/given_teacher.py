@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_core import checkpoint, references
-from moe_core.config.agreement import check_blocks, check_widths
+from moe_core.config.agreement import check_baselines, check_blocks, check_widths
 from moe_core.config.model import LATENT_PATCH, LoRAConfig, ModelConfig, check_guidance
 from moe_core.errors import CheckpointError, ConfigError
 from moe_core.flux_shapes import dense_shapes
@@ -116,7 +116,11 @@ def _check_fit(
     config = configs["transformer"]
     try:
         check_blocks(params.moe, params.mob, int(config["num_layers"]), int(config["num_single_layers"]))
-        check_widths(params.moe, int(config["num_attention_heads"]) * int(config["attention_head_dim"]))
+        width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+        check_widths(params.moe, width)
+        check_baselines(
+            params.baselines, params.moe, width, int(config["num_layers"]), int(config["num_single_layers"])
+        )
         check_guidance(params.model.guidance_scale, bool(config.get("guidance_embeds")), "guidance_embeds")
         _check_parts_fit(config, configs)
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)

@@ -10,15 +10,16 @@ from pydantic import Field, model_validator
 from moe_core.config.section import Section
 from moe_core.config.training import OptimizerConfig, TimestepConfig
 
-Part = Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "all"]
+Part = Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "gap_blocks", "all"]
 """Parts of a student, as `kd.*.train` names them."""
 
 
 NOT_YET: Mapping[str, set[str]] = {
-    "shared_expert": {"experts", "router", "group_blocks", "block_router"},
-    "moe": {"group_blocks", "block_router"},
+    "shared_expert": {"experts", "router", "group_blocks", "block_router", "gap_blocks"},
+    "moe": {"group_blocks", "block_router", "gap_blocks"},
+    "mob": {"gap_blocks"},
 }
-"""Parts that a stage's student does not have: they come with a later stage."""
+"""Parts that a stage's student does not have: they come with a later stage, or with a baseline."""
 
 
 class KDStageConfig(Section):

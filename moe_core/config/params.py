@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from moe_core.config.agreement import check_blocks, check_levels, check_samples, check_widths, check_workers
+from moe_core.config.agreement import (
+    check_baselines,
+    check_blocks,
+    check_levels,
+    check_samples,
+    check_widths,
+    check_workers,
+)
+from moe_core.config.baselines import BaselineConfig
 from moe_core.config.compute import ComputeConfig
 from moe_core.config.data import DataConfig
 from moe_core.config.evaluation import EvalConfig, EvaluatedModel
@@ -23,6 +31,7 @@ class Params(Section):
     data: DataConfig
     moe: MoEConfig
     mob: MoBConfig
+    baselines: dict[str, BaselineConfig]
     models: dict[str, EvaluatedModel]
     kd: KDConfig
     eval: EvalConfig
@@ -30,11 +39,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
-        check_levels(self.mob, self.models)
+        check_levels(self.mob, self.baselines, self.models)
         check_samples(self)
         check_workers(self)
         if self.model.transformer is not None:
             shape = self.model.transformer
             check_blocks(self.moe, self.mob, shape.num_layers, shape.num_single_layers)
-            check_widths(self.moe, shape.num_attention_heads * shape.attention_head_dim)
+            width = shape.num_attention_heads * shape.attention_head_dim
+            check_widths(self.moe, width)
+            check_baselines(self.baselines, self.moe, width, shape.num_layers, shape.num_single_layers)
         return self

@@ -25,6 +25,26 @@ def _values(changes: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+KD = {
+    "optimizer": {"steps": 10, "batch_size": 8, "learning_rate": 1e-3},
+    "train": ["all"],
+    "validate_every": 5,
+}
+
+
+def cut(ratio: float | None) -> dict[str, Any]:
+    return {"method": "diff_pruning", "ratio": ratio, "kd": KD}
+
+
+def shallow(**values: Any) -> dict[str, Any]:
+    return {"method": "lite", "kd": {**KD, "train": ["gap_blocks"]}, **values}
+
+
+def baseline(values: dict[str, Any], name: str = "cut") -> dict[str, Any]:
+    model = {"checkpoint": f"data/checkpoints/baselines/{name}", "reference": "data/images/teacher"}
+    return {f"baselines.{name}": values, f"models.{name}": model}
+
+
 def doubles(**groups: int) -> dict[str, Any]:
     """The same groups of double blocks at every level."""
     return {f"mob.levels.{level}.double": groups for level in ("M", "S", "XS")}
@@ -129,6 +149,37 @@ def doubles(**groups: int) -> dict[str, Any]:
         (
             {"models.flux-lite": {"checkpoint": "data/baselines/flux-lite", "reference": "data/images/teacher"}},
             "models has 'flux-lite'; a baseline's name must be of letters",
+        ),
+        ({"baselines.L": cut(1.5)}, "baselines has L; that is the name of another model"),
+        ({"baselines.cut": cut(1.5)}, "models.cut is missing; .* models must be teacher, .*, cut and baselines"),
+        (
+            {
+                "baselines.cut": cut(1.5),
+                "models.cut": {"checkpoint": "data/baselines/cut", "reference": "data/images/teacher"},
+            },
+            "models.cut is data/baselines/cut; .* cut's checkpoint data/checkpoints/baselines/cut",
+        ),
+        (baseline(cut(4.0)), r"baselines.cut.ratio is 4; it must be below 4, and times the width \d+ a whole number"),
+        (baseline(cut(1.51)), r"baselines.cut.ratio is 1.51; it must be .* not \d+\.\d+"),
+        (baseline(cut(None)), "baselines.cut: method is diff_pruning, but ratio is missing"),
+        (
+            baseline({**cut(1.5), "double_blocks": 3}),
+            "method is diff_pruning, but double_blocks is 3; it drops no blocks",
+        ),
+        (baseline({**cut(1.5), "method": "lite"}), "method is lite, which cuts nothing in a block: ratio"),
+        (baseline(shallow()), "method is lite, but neither double_blocks nor single_blocks is given"),
+        (baseline(shallow(single_blocks=13)), "baselines.cut.single_blocks is 13; the model it starts from has 12"),
+        (
+            baseline(shallow(single_blocks=9, init="checkpoints/baselines/cut")),
+            "baselines.cut.init is 'checkpoints/baselines/cut'; it must be one of those before it: teacher",
+        ),
+        (
+            {**baseline(cut(1.5)), **baseline(shallow(single_blocks=9, init="checkpoints/baselines/cut"), "less")},
+            "baselines.less.init is 'checkpoints/baselines/cut', whose FFNs are cut",
+        ),
+        (
+            baseline({**cut(1.5), "kd": {**KD, "train": ["gap_blocks"]}}),
+            "kd.train has gap_blocks; a model made by diff_pruning",
         ),
         (
             {"moe.dense_double_blocks": [1], **doubles(groups=2, size=2)},

@@ -1,0 +1,32 @@
+"""Which blocks the baselines drop, each by its own paper's rule. FFNs are cut by `convert.to_shared`.
+
+- Lite (Verdu and Martin, "Flux.1 Lite", 2024): the blocks whose output is nearest to their input, by mean squared error. Only the block before
+  a gap learns to do what the dropped ones did ("single block distillation", as Dense2MoE's Sec. 4.2 calls it).
+- BK-SDM (Kim et al., arXiv:2305.15798): of each stage of a U-Net the first unit stays and the second goes; all weights are distilled. A transformer
+  has no stages, so blocks go at equal distances, and its first and last stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_core.errors import ConfigError
+
+
+def least_change(change: Sequence[float], left: int) -> list[int]:
+    """Numbers of the blocks to drop for `left` to be left: those of least `change`; among equals the earlier. Lite."""
+    _check(len(change), left)
+    order = sorted(range(len(change)), key=lambda number: (change[number], number))
+    return sorted(order[: len(change) - left])
+
+
+def evenly(count: int, left: int) -> list[int]:
+    """The same of `count` blocks, at equal distances. BK-SDM."""
+    _check(count, left)
+    kept = {round(i * (count - 1) / (left - 1)) for i in range(left)} if left > 1 else {0}
+    return [number for number in range(count) if number not in kept]
+
+
+def _check(count: int, left: int) -> None:
+    if not 1 <= left <= count:
+        raise ConfigError(f"{left} blocks cannot be left of {count}; it must be 1 to {count}")
