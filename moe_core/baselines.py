@@ -1,5 +1,8 @@
-"""Which blocks the baselines drop, each by its own paper's rule. FFNs are cut by `convert.to_shared`.
+"""The dense models that Dense2MoE is compared with, each by its own paper's rule; here, which blocks they drop.
 
+- Diff-Pruning (Fang, Ma and Wang, arXiv:2305.10924): structures of least first-order Taylor score go, all weights are trained after. Here the
+  structures are the FFNs' hidden units, as in Dense2MoE's Table 2, and the scores those of eq. 6 over all noise levels; Fang et al. leave out
+  time steps whose loss is below a threshold. `convert.to_shared` makes the cut.
 - Lite (Verdu and Martin, "Flux.1 Lite", 2024): the blocks whose output is nearest to their input, by mean squared error. Only the block before
   a gap learns to do what the dropped ones did ("single block distillation", as Dense2MoE's Sec. 4.2 calls it).
 - BK-SDM (Kim et al., arXiv:2305.15798): of each stage of a U-Net the first unit stays and the second goes; all weights are distilled. A transformer
