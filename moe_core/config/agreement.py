@@ -5,7 +5,7 @@ Each function raises ValueError that names the parameters, their values and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +54,27 @@ def check_baselines(
                 raise ValueError(f"baselines.{name}.{key} is {left}; the model it starts from has {there}")
 
 
+def check_baseline_starts(baselines: Mapping[str, BaselineConfig]) -> None:
+    """A baseline starts from the teacher, or from one before it that has whole blocks."""
+    possible = ["teacher"]
+    for name, baseline in baselines.items():
+        if baseline.init not in possible:
+            raise ValueError(
+                f"baselines.{name}.init is '{baseline.init}'; it must be one of those before it: {', '.join(possible)}"
+            )
+        possible.append(f"checkpoints/baselines/{name}")
+        start = baselines.get(baseline.init.removeprefix("checkpoints/baselines/"))
+        if start is not None and start.method == "diff_pruning":
+            raise ValueError(
+                f"baselines.{name}.init is '{baseline.init}', whose FFNs are cut; only models of whole blocks lose blocks"
+            )
+
+
+def _check_names(where: str, names: Iterable[str], others: set[str]) -> None:
+    if taken := others & set(names):
+        raise ValueError(f"{where} has {min(taken)}; that is the name of another model")
+
+
 def check_levels(mob: MoBConfig, baselines: Mapping[str, BaselineConfig], models: Mapping[str, EvaluatedModel]) -> None:
     """What is evaluated must be what is made, and given baselines in their folder; a level that starts from another keeps its groups."""
     made = {
@@ -63,24 +84,8 @@ def check_levels(mob: MoBConfig, baselines: Mapping[str, BaselineConfig], models
         **{level: f"data/checkpoints/mob/{level}" for level in mob.levels},
         **{name: f"data/checkpoints/baselines/{name}" for name in baselines},
     }
-    for where, names, others in (
-        ("mob.levels", mob.levels, {"teacher", "shared", "L"}),
-        ("baselines", baselines, {"teacher", "shared", "L", *mob.levels}),
-    ):
-        if taken := others & set(names):
-            raise ValueError(f"{where} has {min(taken)}; that is the name of another model")
-    possible = ["teacher"]
-    for name, baseline in baselines.items():
-        if baseline.init not in possible:
-            raise ValueError(
-                f"baselines.{name}.init is '{baseline.init}'; it must be one of those before it: {', '.join(possible)}"
-            )
-        possible.append(f"checkpoints/baselines/{name}")
-        origin = baselines.get(baseline.init.removeprefix("checkpoints/baselines/"))
-        if origin is not None and origin.method == "diff_pruning":
-            raise ValueError(
-                f"baselines.{name}.init is '{baseline.init}', whose FFNs are cut; only models of whole blocks lose blocks"
-            )
+    _check_names("mob.levels", mob.levels, {"teacher", "shared", "L"})
+    _check_names("baselines", baselines, {"teacher", "shared", "L", *mob.levels})
     places = {name: made.get(name, f"data/baselines/{name}") for name in {**made, **models}}
     if wrong := [name for name, place in places.items() if name not in models or models[name].checkpoint != place]:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from moe_core.config.agreement import (
+    check_baseline_starts,
     check_baselines,
     check_blocks,
     check_levels,
@@ -40,6 +41,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
         check_levels(self.mob, self.baselines, self.models)
+        check_baseline_starts(self.baselines)
         check_samples(self)
         check_workers(self)
         if self.model.transformer is not None:
