@@ -47,6 +47,7 @@ def findings(inputs: Inputs) -> list[Finding]:
         *_teacher(inputs),
         *_targets(table),
         *_order(inputs, table),
+        *_pruned(inputs, table),
         *_cost(inputs, table),
         *_training(inputs.curves),
         *_experts(inputs),
@@ -139,6 +140,29 @@ def _order(inputs: Inputs, table: dict[str, Row]) -> list[Finding]:
             )
         else:
             result.append(Finding("note", f"The validation KD loss does not rise with sparsity throughout: {chain}."))
+    return result
+
+
+def _pruned(inputs: Inputs, table: dict[str, Row]) -> list[Finding]:
+    """Is the sparse model better than FFNs cut down to its active width?"""
+    moe, own = inputs.params.moe, table["L"].evaluation
+    active = moe.shared_ratio + moe.top_k * moe.normal_ratio
+    result = []
+    for name, baseline in inputs.params.baselines.items():
+        if baseline.ratio != active or name not in table:
+            continue
+        cut = table[name].evaluation
+        accuracy = ""
+        if own.judged is not None and cut.judged is not None:
+            accuracy = f"; prompt accuracy {percent(own.judged.accuracy)} against {percent(cut.judged.accuracy)}"
+        verdict = "lower" if own.kd_loss < cut.kd_loss else "not lower"
+        result.append(
+            Finding(
+                "holds" if own.kd_loss < cut.kd_loss else "short",
+                f"The validation KD loss of MoE-L is {verdict} than that of FFNs cut to the same active width, r = {active:g} ({name},"
+                f" {baseline.kd.optimizer.steps} steps): {small(own.kd_loss)} against {small(cut.kd_loss)}{accuracy}.",
+            )
+        )
     return result
 
 

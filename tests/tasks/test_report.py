@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib import font_manager
 
+from moe_core.config import BaselineConfig
 from moe_core.errors import DataError
 from tasks import report, report_figures, report_findings, report_table
 from tasks.report_gallery import chosen
@@ -282,6 +283,33 @@ def test_pictures_that_nobody_judged_have_no_accuracy(root: Path) -> None:
     assert not any(text in page for text in ("FID ↓", 'class="right"', "Accuracy by kind"))
     assert not any(text in markdown for text in ("| FID", "Accuracy"))
     assert [len(row) for row in markdown_rows(root).values()] == [8] * 6
+
+
+@pytest.mark.parametrize(("loss", "mark", "verdict"), [(1e-9, "short", "not lower"), (9.0, "holds", "lower")])
+def test_the_sparse_model_is_held_against_ffns_cut_to_its_active_width(
+    root: Path, loss: float, mark: str, verdict: str
+) -> None:
+    params = made.params()
+    kd = params.kd.moe.model_copy(update={"train": ("all",)})
+    cut = BaselineConfig(method="diff_pruning", ratio=1.5, kd=kd)
+    wide = BaselineConfig(method="diff_pruning", ratio=2.0, kd=kd)
+    model = params.models["S"].model_copy(update={"checkpoint": "data/checkpoints/baselines/cut"})
+    update = {"models": {**params.models, "cut": model, "wide": model}, "baselines": {"cut": cut, "wide": wide}}
+    params = params.model_copy(update=update)
+    latency = json.loads((root / "reports" / "latency.json").read_text())["models"]
+    change(root / "reports" / "latency.json", models=latency | {"cut": latency["S"], "wide": latency["S"]})
+    own = json.loads((root / "data" / "evaluations" / "S.json").read_text())
+    for name in ("cut", "wide"):
+        shutil.copytree(root / "data" / "images" / "S", root / "data" / "images" / name)
+        (root / "data" / "evaluations" / f"{name}.json").write_text(json.dumps({**own, "kd_loss": loss}))
+        for part in ("stages", "curves"):
+            for file in (root / "reports" / part).glob("moe_kd.*"):
+                shutil.copy(file, file.with_name(f"baseline-{name}{file.suffix}"))
+    found = [f for f in report_findings.findings(load(root, params, EMPTY)) if "same active width" in f.text]
+    assert [f.mark for f in found] == [mark]
+    assert f"of MoE-L is {verdict} than that of FFNs cut to the same active width, r = 1.5 (cut," in found[0].text
+    report.build(root, params, EMPTY)
+    assert "Baseline wide" in (root / "reports" / "index.html").read_text()
 
 
 def test_a_baseline_is_a_row_but_no_level(root: Path) -> None:
