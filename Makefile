@@ -17,7 +17,7 @@ demo: setup ## the whole pipeline on the demo preset, in a worktree of its own; 
 	@$(PY) -m flows.demo
 
 test: setup ## every test that is neither slow nor needs a GPU
-	@$(PY) -m pytest -m "not slow and not gpu" -p no:cacheprovider
+	@$(PY) -m pytest -m "not slow and not gpu" -p no:cacheprovider -n 2 --dist loadfile
 
 slow: setup ## the slow tests, two files at once: the flow and its page, kill -9 of every training stage, the whole pipeline in a clone
 	@$(PY) -m pytest -m "slow and not gpu" -p no:cacheprovider -n 2 --dist loadfile
