@@ -34,7 +34,7 @@ from moe_core.dry_run import Cost, Inputs
 from moe_core.importance import ImportanceAccumulator
 from moe_core.memory import LiveMemory
 from moe_core.sharding import lower_frozen
-from moe_core.transformer import FluxMoETransformer2DModel
+from moe_core.transformer import MOB_DEFAULTS, MOE_DEFAULTS, FluxMoETransformer2DModel
 
 RESULTS = Path("benchmarks/results/gpu_full_size.json")
 STEPS = 5
@@ -167,17 +167,7 @@ def stage_of(train: tuple[str, ...], balance: float, checkpointing: bool = True)
 
 def stages(dense: dict[str, Any], kept: int, conditioning_dim: int) -> dict[str, tuple[dict[str, Any], Any]]:
     """KD stage -> student's configuration and stage: the paper's L and M, as far as the double blocks go after those `kept` dense."""
-    common = {"balance_probs": "softmax", "router_init_std": 0.02}
-    moe = {
-        "num_experts": 12,
-        "top_k": 2,
-        "shared_ratio": 1.0,
-        "normal_ratio": 0.25,
-        "mlp_ratio": 4.0,
-        "gate_norm": "renormalize",
-        "dense_double_blocks": list(range(kept)),
-        **common,
-    }
+    moe = {**MOE_DEFAULTS, "dense_double_blocks": list(range(kept))}
     large = {**dense, "moe": moe, "conditioning_dim": conditioning_dim}
     shared = {**large, "moe": {**moe, "num_experts": 0, "top_k": 0}}
     double = dense["num_layers"]
@@ -188,15 +178,8 @@ def stages(dense: dict[str, Any], kept: int, conditioning_dim: int) -> dict[str,
         "moe_kd": (large, stage_of(("experts", "router"), 1e-2)),
     }
     if groups:
-        choice = {
-            "active": 1,
-            "contiguous": False,
-            "alpha": 0.5,
-            "double_groups": groups,
-            "single_groups": [],
-            **common,
-        }
-        made["mob_kd@M"] = ({**large, "mob": choice}, stage_of(("group_blocks", "block_router"), 1e-2))
+        grouped = {**large, "mob": {**MOB_DEFAULTS, "double_groups": groups}}
+        made["mob_kd@M"] = (grouped, stage_of(("group_blocks", "block_router"), 1e-2))
     return made
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -149,7 +150,7 @@ def _pruned(inputs: Inputs, table: dict[str, Row]) -> list[Finding]:
     active = moe.shared_ratio + moe.top_k * moe.normal_ratio
     result = []
     for name, baseline in inputs.params.baselines.items():
-        if baseline.ratio != active or name not in table:
+        if baseline.ratio is None or not math.isclose(baseline.ratio, active) or name not in table:
             continue
         cut = table[name].evaluation
         accuracy = ""

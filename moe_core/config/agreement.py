@@ -93,7 +93,7 @@ def check_levels(mob: MoBConfig, baselines: Mapping[str, BaselineConfig], models
             f" {', '.join(mob.levels) or 'none'} models must be {', '.join(made)} and baselines, and {wrong[0]}'s checkpoint"
             f" {places[wrong[0]]}"
         )
-    for name in models.keys() - made.keys() | baselines.keys():
+    for name in (models.keys() - made.keys()) | baselines.keys():
         if not name.isidentifier():
             raise ValueError(f"models has '{name}'; a baseline's name must be of letters, digits and _ alone")
         if models[name].reference != "data/images/teacher":
