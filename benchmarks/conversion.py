@@ -30,7 +30,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe_core import accounting, checkpoint, convert, folders, noise, shards
+from moe_core import accounting, checkpoint, convert, experts, folders, noise, shards
 from moe_core.config import MoEConfig
 from moe_core.transformer import FluxMoETransformer2DModel, on_meta
 
@@ -135,10 +135,10 @@ def check(source: Path, target: Path, inputs: Path, moe: MoEConfig) -> int:
     where = checkpoint.stored(source)
     names = convert.ffn_names(mapped, moe.dense_double_blocks)
     for name in (names[0], names[len(names) // 2], names[-1]):
-        ffn = convert.dense_ffn(name, mapped.inner_dim)
+        ffn = experts.dense_ffn(name, mapped.inner_dim)
         with safe_open(where[ffn.w2].path, "pt") as file:
             w2_DF = file.get_tensor(ffn.w2)[:, ffn.first :]
-        split = convert.split_segments(name, w2_DF.shape[1], len(w2_DF), scores, moe, 0)
+        split = experts.split_segments(name, w2_DF.shape[1], len(w2_DF), scores, moe, 0)
         assert torch.equal(mapped.get_parameter(f"{name}.shared.proj_out.weight"), w2_DF[:, split.shared])
         experts_EDF = mapped.get_parameter(f"{name}.w2_EDF")
         assert torch.equal(experts_EDF[-1], w2_DF[:, split.experts_EF[-1]])

@@ -2,51 +2,28 @@
 
 - Each conversion is a recipe (`shared_recipe`, `moe_recipe`, `joint_recipe`, `mob_recipe`), followed here in memory, and in `moe_core.stream`
   from folder to folder.
-- An FFN is cut into segments (row i of W1, b1[i], column i of W2). The most important go to the shared expert, the rest
-  are dealt to the normal experts (Sec. 3.2). The cut is a function of scores, parameters and seed alone: `to_shared`
-  and `to_moe` find the same one.
+- How an FFN is cut and dealt to experts stands in `moe_core.experts`; `to_shared` and `to_moe` find the same cut.
 - b2 goes to the shared expert, once; in single blocks it stays with the attention's half of `proj_out`.
-- With all experts active at gate 1 and the conditioning not compressed, the result computes what the dense model does.
+- With all experts active at gate 1, the conditioning not compressed and no refit, the result computes what the dense model does.
 - Students keep the precision and device of what they are made of.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from moe_core import adaln, structure
-from moe_core.buffers import Buffers
 from moe_core.config import MoBConfig, MoBLevelConfig, MoEConfig
 from moe_core.errors import ConfigError
+from moe_core.experts import DenseFFN, Fitted, Layers, Ranked, dense_ffn, drawn
 from moe_core.mob import MoBGroup
 from moe_core.recipe import Recipe, Ref, fill, unchanged
 from moe_core.transformer import FluxMoETransformer2DModel, on_meta
-
-
-class DenseFFN(NamedTuple):
-    """Names of the tensors of one of the teacher's FFNs (eq. 1)."""
-
-    w1: str
-    b1: str
-    w2: str
-    b2: str | None
-    """None in a single block, where the bias is shared with the attention's projection."""
-    first: int
-    """The column of `w2` at which the FFN's begin; those before it are the attention's."""
-
-
-class Split(NamedTuple):
-    """Which segments of an FFN go where; indices into F, rising within each expert."""
-
-    shared: Tensor
-    experts_EF: Tensor
 
 
 def ffn_names(model: FluxTransformer2DModel, dense_double_blocks: Collection[int] = ()) -> list[str]:
@@ -59,47 +36,6 @@ def ffn_names(model: FluxTransformer2DModel, dense_double_blocks: Collection[int
     return names + [f"single_transformer_blocks.{i}.moe" for i in range(model.config.num_single_layers)]
 
 
-def dense_ffn(name: str, width: int) -> DenseFFN:
-    """The teacher's tensors of an FFN, by its name in `ffn_names`; `width` is the model's."""
-    block, _, branch = name.rpartition(".")
-    if branch == "moe":
-        return DenseFFN(f"{block}.proj_mlp.weight", f"{block}.proj_mlp.bias", f"{block}.proj_out.weight", None, width)
-    first, second = f"{name}.net.0.proj", f"{name}.net.2"
-    return DenseFFN(f"{first}.weight", f"{first}.bias", f"{second}.weight", f"{second}.bias", 0)
-
-
-def split_segments(
-    name: str, hidden_width: int, width: int, scores: Mapping[str, Tensor], moe: MoEConfig, seed: int
-) -> Split:
-    """Deals the segments of the FFN `name` to the experts.
-
-    taylor: the most important to the shared expert, the rest round-robin by rank, so that each expert gets an even
-    share of importance.
-    random: a permutation drawn from (seed, name); `scores` is not read.
-    Raises ConfigError if scores are missing, of a wrong length or not finite, or r does not fit the FFN.
-    """
-    if abs(moe.expansion_ratio * width - hidden_width) > 1e-6:
-        raise ConfigError(
-            f"moe.expansion_ratio is {moe.expansion_ratio:g}, but {name} is {hidden_width} wide in a model of width"
-            f" {width}; it must be {hidden_width / width:g}"
-        )
-    if moe.split == "random":
-        order = torch.randperm(hidden_width, generator=_generator(seed, "split", name))
-    else:
-        if name not in scores:
-            raise ConfigError(f"importance scores lack {name}; split 'taylor' needs one for each segment of every FFN")
-        score_F = scores[name].detach().double().cpu()
-        if score_F.shape != (hidden_width,) or not torch.isfinite(score_F).all():
-            raise ConfigError(
-                f"importance scores of {name} must be {hidden_width} finite numbers;"
-                f" their shape is {list(score_F.shape)}"
-            )
-        order = score_F.sort(descending=True, stable=True).indices
-    shared = round(moe.shared_ratio * width)
-    dealt_EF = order[shared:].view(-1, moe.num_experts).T
-    return Split(order[:shared].sort().values, dealt_EF.sort(-1).values)
-
-
 @torch.no_grad()
 def to_shared(
     teacher: FluxTransformer2DModel,
@@ -107,13 +43,15 @@ def to_shared(
     moe: MoEConfig,
     conditioning_bank: Tensor | None = None,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> FluxMoETransformer2DModel:
     """The dense teacher with each FFN cut down to its shared expert, and its conditioning compressed.
 
     scores: per FFN, [F] (see `ffn_names`). conditioning_bank: [N, D] outputs of the teacher's `time_text_embed`; needed
-    where moe.conditioning_dim is set. Raises ConfigError where scores or parameters do not fit the teacher.
+    where moe.conditioning_dim is set. tokens: per FFN, [N, D] of its inputs; needed where moe.needs_tokens. Raises
+    ConfigError where one of them does not fit the teacher.
     """
-    return fill(shared_recipe(teacher, scores, moe, conditioning_bank, seed), teacher=teacher)
+    return fill(shared_recipe(teacher, scores, moe, conditioning_bank, seed, tokens), teacher=teacher)
 
 
 @torch.no_grad()
@@ -123,6 +61,7 @@ def to_moe(
     scores: Mapping[str, Tensor],
     moe: MoEConfig,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> FluxMoETransformer2DModel:
     """Adds routers and normal experts to a student of `to_shared`, whose own weights (trained or not) it keeps.
 
@@ -130,7 +69,7 @@ def to_moe(
     routers are drawn from (seed, layer). Raises ConfigError if the student is no shared-only one, or scores or
     parameters do not fit.
     """
-    return fill(moe_recipe(shared_student, teacher, scores, moe, seed), student=shared_student, teacher=teacher)
+    return fill(moe_recipe(shared_student, teacher, scores, moe, seed, tokens), student=shared_student, teacher=teacher)
 
 
 @torch.no_grad()
@@ -140,9 +79,10 @@ def to_moe_joint(
     moe: MoEConfig,
     conditioning_bank: Tensor | None = None,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> FluxMoETransformer2DModel:
     """Dense to MoE at once, for joint training of shared and normal experts (Table 5)."""
-    return fill(joint_recipe(teacher, scores, moe, conditioning_bank, seed), teacher=teacher)
+    return fill(joint_recipe(teacher, scores, moe, conditioning_bank, seed, tokens), teacher=teacher)
 
 
 @torch.no_grad()
@@ -175,19 +115,21 @@ def shared_recipe(
     moe: MoEConfig,
     conditioning_bank: Tensor | None = None,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
+    layers: Layers | None = None,
 ) -> Recipe:
-    """How `to_shared` makes its student of the source `teacher`, of which only the structure is used."""
+    """How `to_shared` makes its student of the source `teacher`, of which only the structure is used. `layers`: of a conversion that goes on
+    from here; without, the shared experts are to work alone."""
     student = on_meta(structure.shared_config(teacher.config, moe))
-    recipe, width, work = Recipe(student, {"teacher": teacher}), teacher.inner_dim, Buffers()
+    recipe = Recipe(student, {"teacher": teacher})
+    layers = layers or Layers(scores, moe, seed, tokens, alone=True)
 
     def add(name: str, reads: Iterable[str], make: Callable[..., Tensor]) -> None:
         recipe.add(name, [Ref("teacher", read) for read in reads], make)
 
-    for name, split in _splits(teacher, scores, moe, seed):
-        ffn = dense_ffn(name, width)
-        add(f"{name}.shared.proj_in.weight", [ffn.w1], partial(_rows, work, split.shared))
-        add(f"{name}.shared.proj_in.bias", [ffn.b1], partial(_rows, work, split.shared))
-        add(f"{name}.shared.proj_out.weight", [ffn.w2], partial(_columns, work, ffn.first + split.shared))
+    for name, ffn, layer in _layers(teacher, layers, moe):
+        for piece in layer.shared():
+            add(f"{name}.{piece.name}", piece.reads, piece.make)
         if ffn.b2 is not None:
             add(f"{name}.shared.proj_out.bias", [ffn.b2], unchanged)
         else:
@@ -200,7 +142,7 @@ def shared_recipe(
                 f"moe.conditioning_dim is {moe.conditioning_dim}; compressing to it needs calibration vectors,"
                 " none were given"
             )
-        compression = adaln.fit(conditioning_bank, width, moe.conditioning_dim, moe.ridge)
+        compression = adaln.fit(conditioning_bank, teacher.inner_dim, moe.conditioning_dim, moe.ridge)
         for name, (reads, make) in adaln.compressed_weights(teacher, compression).items():
             add(name, reads, make)
     recipe.keep("teacher")
@@ -213,8 +155,11 @@ def moe_recipe(
     scores: Mapping[str, Tensor],
     moe: MoEConfig,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
+    layers: Layers | None = None,
 ) -> Recipe:
-    """How `to_moe` makes its student of the sources `student` and `teacher`, of which only the structure is used."""
+    """How `to_moe` makes its student of the sources `student` and `teacher`, of which only the structure is used. `layers`: those that the
+    student's shared experts were made with, where they are not trained."""
     config = shared_student.config
     if config.get("moe") is None or config.moe["num_experts"] or config.mob is not None:
         raise ConfigError("to_moe starts from a student of shared experts only, without MoB groups; this one is not")
@@ -232,15 +177,17 @@ def moe_recipe(
                 f"the teacher's {key} is {value}, but the shared-expert student's is {own[key]}; they must agree"
             )
     student = on_meta({**own, "moe": wanted, "conditioning_dim": config.conditioning_dim})
-    recipe, work = Recipe(student, {"student": shared_student, "teacher": teacher}), Buffers()
-    for name, split in _splits(teacher, scores, moe, seed):
-        ffn = dense_ffn(name, teacher.inner_dim)
+    recipe = Recipe(student, {"student": shared_student, "teacher": teacher})
+    if moe.refit and layers is None:
+        raise ConfigError(
+            "moe.refit is true, but the shared experts were trained alone; W2 is fitted for all experts together: set kd.joint, or refit to false"
+        )
+    layers = layers or Layers(scores, moe, seed, tokens)
+    for name, _, layer in _layers(teacher, layers, moe):
         # Normal experts come in the precision of the shared one beside them: it may have been trained in another than the teacher's.
         like = Ref("student", f"{name}.shared.proj_in.bias")
-        columns_EF = ffn.first + split.experts_EF
-        recipe.add(f"{name}.w1_EFD", [like, Ref("teacher", ffn.w1)], partial(_expert_rows, work, split.experts_EF))
-        recipe.add(f"{name}.b1_EF", [like, Ref("teacher", ffn.b1)], partial(_expert_rows, work, split.experts_EF))
-        recipe.add(f"{name}.w2_EDF", [like, Ref("teacher", ffn.w2)], partial(_expert_columns, work, columns_EF))
+        for piece in layer.experts():
+            recipe.add(f"{name}.{piece.name}", [like, *(Ref("teacher", read) for read in piece.reads)], piece.make)
     recipe.keep("student")
     for name, shape in recipe.shapes.items():
         if name not in recipe.made:  # a router
@@ -257,10 +204,12 @@ def joint_recipe(
     moe: MoEConfig,
     conditioning_bank: Tensor | None = None,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> Recipe:
     """How `to_moe_joint` makes its student of the source `teacher`, of which only the structure is used."""
-    shared = shared_recipe(teacher, scores, moe, conditioning_bank, seed)
-    return moe_recipe(shared.student, teacher, scores, moe, seed).after(shared, "student")
+    layers = Layers(scores, moe, seed, tokens)
+    shared = shared_recipe(teacher, scores, moe, conditioning_bank, seed, layers=layers)
+    return moe_recipe(shared.student, teacher, scores, moe, seed, layers=layers).after(shared, "student")
 
 
 def mob_recipe(
@@ -317,13 +266,14 @@ def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:
     return {name: renamed.get(name, name) for name in model.state_dict()}
 
 
-def _splits(
-    teacher: FluxTransformer2DModel, scores: Mapping[str, Tensor], moe: MoEConfig, seed: int
-) -> Iterator[tuple[str, Split]]:
-    """(name, split) of every FFN that conversion replaces."""
+def _layers(
+    teacher: FluxTransformer2DModel, layers: Layers, moe: MoEConfig
+) -> Iterator[tuple[str, DenseFFN, Ranked | Fitted]]:
+    """(name, the teacher's tensors, layer) of every FFN that conversion replaces."""
     for name in ffn_names(teacher, moe.dense_double_blocks):
-        hidden_width, width = teacher.get_parameter(dense_ffn(name, teacher.inner_dim).w1).shape
-        yield name, split_segments(name, hidden_width, width, scores, moe, seed)
+        ffn = dense_ffn(name, teacher.inner_dim)
+        hidden_width, width = teacher.get_parameter(ffn.w1).shape
+        yield name, ffn, layers.layer(name, hidden_width, width)
 
 
 def _first_parameter(model: nn.Module) -> Ref:
@@ -331,37 +281,9 @@ def _first_parameter(model: nn.Module) -> Ref:
     return Ref("student", next(name for name, _ in model.named_parameters()))
 
 
-# What a recipe makes of a tensor; big ones in memory of `work`, which the recipe uses again for the next once its result was copied.
-
-
-def _rows(work: Buffers, index: Tensor, tensor: Tensor) -> Tensor:
-    made = work.empty((index.numel(), *tensor.shape[1:]), tensor.dtype, tensor.device)
-    torch.index_select(tensor, 0, index.flatten().to(tensor.device), out=made)
-    return made.view(*index.shape, *tensor.shape[1:])
-
-
-def _columns(work: Buffers, index: Tensor, matrix: Tensor) -> Tensor:
-    made = work.empty((len(matrix), len(index)), matrix.dtype, matrix.device)
-    # Twice as fast as `matrix[:, index]`.
-    return torch.gather(matrix, 1, index.to(matrix.device).expand(len(matrix), -1), out=made)
-
-
 def _first_columns(count: int, matrix: Tensor) -> Tensor:
     return matrix[:, :count]
 
 
-def _expert_rows(work: Buffers, experts_EF: Tensor, like: Tensor, tensor: Tensor) -> Tensor:
-    return _rows(work, experts_EF, tensor).to(like)
-
-
-def _expert_columns(work: Buffers, experts_EF: Tensor, like: Tensor, matrix_DF: Tensor) -> Tensor:
-    return _columns(work, experts_EF.flatten(), matrix_DF).view(-1, *experts_EF.shape).transpose(0, 1).to(like)
-
-
 def _drawn(shape: torch.Size, std: float, seed: int, name: str, like: Tensor) -> Tensor:
-    return (torch.randn(shape, generator=_generator(seed, name)) * std).to(like)
-
-
-def _generator(seed: int, *names: str) -> torch.Generator:
-    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return drawn(shape, std, seed, name).to(like)

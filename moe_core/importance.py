@@ -6,8 +6,8 @@
 - Per-sample gradients come from one backward pass: of a linear layer with inputs X_b and output gradients dY_b,
   sample b's is dY_b^T X_b. They are made, used and dropped layer by layer, a few samples at a time, while the pass
   runs; weights get no gradient of their own.
-- The same forward pass gives each block's change of its input and the conditioning vectors, from which AdaLN is
-  compressed.
+- The same forward pass gives each block's change of its input, the conditioning vectors, from which AdaLN is
+  compressed, and tokens of every FFN, to which MoE layers are fitted.
 - Sums are float64 and can be added up over workers; rows and vectors are to be joined.
 
 Shapes: B batch, T tokens, D width, F hidden width of the FFN, L blocks.
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_core import losses
+from moe_core import losses, noise
 from moe_core.capture import block_names
 from moe_core.distill import KDBatch, predict
 
@@ -47,8 +47,12 @@ class ImportanceAccumulator:
     `mse` (mean squared difference of out and in).
     """
 
-    def __init__(self, teacher: nn.Module):
+    def __init__(self, teacher: nn.Module, tokens_per_sample: int = 0, seed: int = 0):
+        """tokens_per_sample: how many each FFN keeps of a sample, or all that it has; which ones, (seed, number of the sample) says."""
         self.teacher = teacher
+        self._tokens_per_sample, self._seed = tokens_per_sample, seed
+        self._numbers: range = range(0)
+        self._tokens: dict[str, list[Tensor]] = {}
         self.blocks = block_names(teacher)
         self.rows: list[dict[str, Any]] = []
         self._ffns = dict(_ffns(teacher))
@@ -59,10 +63,13 @@ class ImportanceAccumulator:
             **{name: torch.zeros(ffn.up.out_features, dtype=torch.float64) for name, ffn in self._ffns.items()},
         }
 
-    def update(self, batch: KDBatch, keys: Sequence[str] | None = None) -> None:
-        """Adds a batch. `keys` name its samples in `rows`; by default they are numbered."""
-        relative_LB, mse_LB = self.add_sums(batch)
+    def update(self, batch: KDBatch, keys: Sequence[str] | None = None, number: int | None = None) -> None:
+        """Adds a batch. `keys` name its samples in `rows`; by default they are numbered. `number`: that of its first sample in the calibration set,
+        by default so many as came before."""
         first = len(self.rows)
+        number = first if number is None else number
+        self._numbers = range(number, number + len(batch))
+        relative_LB, mse_LB = self.add_sums(batch)
         for sample in range(len(batch)):
             self.rows.append(
                 {
@@ -101,6 +108,10 @@ class ImportanceAccumulator:
             raise ValueError("no batch has been added, so there are no conditioning vectors")
         return torch.cat(self._conditioning)
 
+    def tokens(self) -> dict[str, Tensor]:
+        """FFN name -> the inputs that were kept of it, [N, D] in the teacher's precision."""
+        return {name: torch.cat(found) for name, found in self._tokens.items()}
+
     @contextmanager
     def _hooks(self, changes: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
         handles = [
@@ -110,6 +121,8 @@ class ImportanceAccumulator:
         handles.append(self.teacher.get_submodule("time_text_embed").register_forward_hook(self._keep_conditioning))
         for name, ffn in self._ffns.items():
             handles.append(ffn.up.register_forward_hook(self._gradient_hook(name, _score_up)))
+            if self._tokens_per_sample:
+                handles.append(ffn.up.register_forward_hook(self._token_hook(name)))
             handles.append(ffn.down.register_forward_hook(self._gradient_hook(name, _score_down, ffn.first_column)))
         try:
             yield
@@ -119,6 +132,19 @@ class ImportanceAccumulator:
 
     def _keep_conditioning(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._conditioning.append(output.detach().cpu())
+
+    def _token_hook(self, name: str) -> Any:
+        def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+            inputs_BTD = args[0].detach()
+            there = inputs_BTD.shape[1]
+            count = min(self._tokens_per_sample, there)
+            # Every sample has a permutation of its tokens, of which the first count.
+            chosen = [noise.sample_index(self._seed, range(n * there, n * there + count), there) for n in self._numbers]
+            index_BT1 = torch.tensor(chosen, device=inputs_BTD.device).unsqueeze(-1)
+            kept_BTD = inputs_BTD.gather(1, index_BT1.expand(-1, -1, inputs_BTD.shape[2]))
+            self._tokens.setdefault(name, []).append(kept_BTD.flatten(0, 1).to(module.weight.dtype).cpu())
+
+        return hook
 
     def _gradient_hook(self, name: str, score: Callable[..., Tensor], *extra: int) -> Any:
         def forward_hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:

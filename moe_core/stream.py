@@ -3,6 +3,7 @@
 - Sources are one file or shards with an index, never mapped or held as a whole; what is in memory is about a block (0.7 GB for FLUX.1 in bf16),
   `AHEAD_BYTES` that were read ahead, as many that wait to be written, and the work of a fit, an AdaLN layer, an FFN. Memory is used again for
   tensors of the same size and kept until the end: for FLUX.1 in bf16, less than 3 GB in all.
+  A fit on tokens (`moe.needs_tokens`) has an FFN's activations and products in fp64 besides: about 8 GB for FLUX.1's with 8,192 tokens.
 - The same bits as `moe_core.convert` makes in memory of the same weights, and the precision of the source, tensor by tensor.
 - A folder appears whole or not at all: it is written beside its place (`.<name>.partial`), flushed, then renamed. What a killed conversion
   left is removed by the next one into the same place.
@@ -39,6 +40,7 @@ def to_shared(
     moe: MoEConfig,
     conditioning_bank: Tensor | None = None,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`convert.to_shared` from the dense transformer in folder `teacher` to folder `out`.
@@ -47,7 +49,7 @@ def to_shared(
     within a source, or does not fit the disk. So do the others.
     """
     with ModelFolder(teacher, FluxTransformer2DModel) as dense:
-        recipe = convert.shared_recipe(dense.model, scores, moe, conditioning_bank, seed)
+        recipe = convert.shared_recipe(dense.model, scores, moe, conditioning_bank, seed, tokens)
         _follow(recipe, {"teacher": dense}, out, max_shard_bytes)
 
 
@@ -58,6 +60,7 @@ def to_moe(
     scores: Mapping[str, Tensor],
     moe: MoEConfig,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`convert.to_moe` from the folders of a shared-expert student and of its teacher to folder `out`."""
@@ -65,7 +68,7 @@ def to_moe(
         ModelFolder(shared_student, FluxMoETransformer2DModel) as shared,
         ModelFolder(teacher, FluxTransformer2DModel) as dense,
     ):
-        recipe = convert.moe_recipe(shared.model, dense.model, scores, moe, seed)
+        recipe = convert.moe_recipe(shared.model, dense.model, scores, moe, seed, tokens)
         _follow(recipe, {"student": shared, "teacher": dense}, out, max_shard_bytes)
 
 
@@ -76,11 +79,12 @@ def to_moe_joint(
     moe: MoEConfig,
     conditioning_bank: Tensor | None = None,
     seed: int = 0,
+    tokens: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`convert.to_moe_joint` from folder `teacher` to folder `out`, in one pass."""
     with ModelFolder(teacher, FluxTransformer2DModel) as dense:
-        recipe = convert.joint_recipe(dense.model, scores, moe, conditioning_bank, seed)
+        recipe = convert.joint_recipe(dense.model, scores, moe, conditioning_bank, seed, tokens)
         _follow(recipe, {"teacher": dense}, out, max_shard_bytes)
 
 

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -269,24 +269,19 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         A group stands for its last block, and a block after which some were dropped for the last of these. Both are names for
         `get_submodule`, of this model and of the dense teacher.
         """
-        names = []
-        for kind, originals in zip(("transformer_blocks", "single_transformer_blocks"), self._originals.values()):
-            after = 0
-            for position, block in enumerate(getattr(self, kind)):
-                after += len(block.blocks) if isinstance(block, MoBGroup) else 1
-                names.append((f"{kind}.{position}", f"{kind}.{originals[after] - 1}"))
-        return names
+        return [(name, f"{kind}.{following - 1}") for kind, name, _, following in self._stood_for()]
 
     def gap_blocks(self) -> list[str]:
         """Names of the blocks after which some of the teacher's were dropped."""
-        gaps = []
+        return [name for _, name, last, following in self._stood_for() if following > last + 1]
+
+    def _stood_for(self) -> Iterator[tuple[str, str, int, int]]:
+        """(kind, name, number of the teacher's block that it ends with, number of the one that follows here) of every block and group."""
         for kind, originals in zip(("transformer_blocks", "single_transformer_blocks"), self._originals.values()):
             after = 0
             for position, block in enumerate(getattr(self, kind)):
                 after += len(block.blocks) if isinstance(block, MoBGroup) else 1
-                if originals[after] > originals[after - 1] + 1:
-                    gaps.append(f"{kind}.{position}")
-        return gaps
+                yield kind, f"{kind}.{position}", originals[after - 1], originals[after]
 
     def part_of(self, name: str) -> str:
         """Which of PARTS the parameter of this name belongs to. In a group's blocks, all is `group_blocks`; in one before a gap, `gap_blocks`."""

@@ -48,12 +48,8 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str, na
         # The teacher is a pipeline.
         first = start / "transformer" if (start / "transformer").is_dir() else start
         if chosen.method == "diff_pruning":
-            # What is left of an FFN is a shared expert without others.
-            cut = {"shared_ratio": chosen.ratio, "num_experts": 1, "split": "taylor"}
-            if not chosen.compress_conditioning:
-                cut["conditioning_dim"] = None
             seed = noise.derive_seed(config.seed, "conversion")
-            stream.to_shared(first, out, found.scores, config.moe.model_copy(update=cut), found.conditioning, seed)
+            stream.to_shared(first, out, found.scores, chosen.cut(config.moe), found.conditioning, seed, found.tokens)
         else:
             stream.to_depth(first, out, _drop(chosen, first, found))
 

@@ -6,7 +6,8 @@
 
 - `shared` and `L` start from the dense transformer; a level of `mob.levels` from the folder of the model that it groups.
 - The parameters are those of params.yaml in the working directory, which `python -m tasks.params` composes.
-- Without `--importance`: `moe.split: random`, `moe.conditioning_dim: null`, and groups that are written out (`mob.levels.*.*.blocks`).
+- Without `--importance`: `moe.split: random`, nothing in `moe` that is fitted to tokens, `moe.conditioning_dim: null`, and groups that are
+  written out (`mob.levels.*.*.blocks`).
 - The results are those that the KD stages start from, and untrained: `dvc repro` distils them.
 """
 
@@ -30,7 +31,8 @@ def convert(level: str, source: Path, out: Path, params: Params, found: Importan
     levels = params.mob.levels
     if level in ("shared", "L"):
         to = stream.to_shared if level == "shared" else stream.to_moe_joint
-        to(source, out, found.scores if found else {}, moe, found.conditioning if found else None, seed)
+        scores, bank, tokens = (found.scores, found.conditioning, found.tokens) if found else ({}, None, None)
+        to(source, out, scores, moe, bank, seed, tokens)
     elif level in levels:
         stream.to_mob(source, out, levels[level], params.mob, found.block_change if found else None, seed)
     else:

@@ -1,4 +1,4 @@
-"""Stage `importance`: Taylor scores of every FFN segment (eq. 6) and each block's change (Fig. 3), over the calibration split.
+"""Stage `importance`: Taylor scores of every FFN segment (eq. 6), each block's change (Fig. 3), and tokens of every FFN, over the calibration split.
 
 The split is cut into fixed units of work; each unit's sums are kept, and added in the order of units. So the result does not depend on the
 number of workers, and a killed run goes on with the units that are left.
@@ -7,6 +7,7 @@ number of workers, and a killed run goes on with the units that are left.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,18 +56,23 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
     pipeline = sampling.load_pipeline(root / TEACHER, None, device, sampling.DTYPES[precision], without=("vae",))
     data = LatentDataset(root / SHARDS, "calibration")
     seed, size = noise.derive_seed(config.seed, "importance"), config.kd.importance_batch_size
+    tokens, token_seed = (
+        math.ceil(config.kd.calibration_tokens / len(data)),
+        noise.derive_seed(config.seed, "calibration-tokens"),
+    )
     for number, positions in enumerate(data.cuts(size)):
         target = units / f"{number:06d}"
         if number % worker.size != worker.rank or target.exists():
             continue
-        accumulator = ImportanceAccumulator(pipeline.transformer)
+        accumulator = ImportanceAccumulator(pipeline.transformer, tokens, token_seed)
         batch = make_batch(pipeline, data, positions, seed, positions, config)
         with sampling.autocast(device, precision):
-            accumulator.update(batch, keys=data.get(positions)[1])
+            accumulator.update(batch, data.get(positions)[1], positions[0])
         with outs.folder(target) as folder:
             save_file(
                 {**accumulator.state, "conditioning": accumulator.conditioning_vectors()}, folder / "sums.safetensors"
             )
+            save_file(accumulator.tokens(), folder / "tokens.safetensors")
             outs.write_json(folder / "rows.json", {"blocks": accumulator.blocks, "rows": accumulator.rows})
 
 
@@ -79,7 +85,8 @@ def merge(units: Path, out: Path) -> tuple[int, float]:
 
     sums: dict[str, torch.Tensor] = {}
     conditioning, rows, blocks = [], [], []
-    for unit in sorted(units.glob("[0-9]*")):
+    in_order = sorted(units.glob("[0-9]*"))
+    for unit in in_order:
         tensors = load_file(unit / "sums.safetensors")
         conditioning.append(tensors.pop("conditioning"))
         for name, value in tensors.items():
@@ -89,6 +96,7 @@ def merge(units: Path, out: Path) -> tuple[int, float]:
         rows += found["rows"]
     samples, loss = int(sums.pop("samples")), float(sums.pop("loss"))
     importance_files.save(out, sums, torch.cat(conditioning), blocks, rows)
+    importance_files.save_tokens(out, [unit / "tokens.safetensors" for unit in in_order])
     return samples, loss
 
 

@@ -2,18 +2,22 @@
 
 - `scores.safetensors`: FFN name -> score of each segment, float64 [F] (eq. 6).
 - `conditioning.safetensors`: `vectors` [N, D], from which AdaLN is compressed.
+- `tokens/<FFN>.safetensors`: `inputs` [N, D], a sample of what the FFN takes (`kd.calibration_tokens`); a file each: all are 4 GB for
+  FLUX.1.
 - `block_change.json`: each block's relative change, in the mean, by noise level and by prompt (Fig. 3).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,18 +25,39 @@ from moe_core.errors import CheckpointError
 from tasks import outs
 
 SCORES, CONDITIONING, CHANGE = "scores.safetensors", "conditioning.safetensors", "block_change.json"
+TOKENS = "tokens"
 SIGMA_BINS = 8
 PROMPTS_SHOWN = 32
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores a FFN, conditioning vectors, and each block's mean relative change, and mean squared one."""
+    """Scores a FFN, conditioning vectors, each block's mean relative change, and mean squared one, and tokens a FFN."""
 
     scores: dict[str, Tensor]
     conditioning: Tensor
     block_change: dict[str, float]
     block_error: dict[str, float]
+    tokens: Mapping[str, Tensor]
+
+
+class Tokens(Mapping[str, Tensor]):
+    """FFN name -> tokens [N, D], each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise KeyError(name)
+        return load_file(path)["inputs"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(path.stem for path in self._folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return len(list(self._folder.glob("*.safetensors")))
 
 
 def save(
@@ -44,6 +69,18 @@ def save(
     outs.write_json(folder / CHANGE, _change(blocks, rows))
 
 
+def save_tokens(folder: Path, units: Sequence[Path]) -> None:
+    """Joins the tokens of these files, FFN by FFN."""
+    (folder / TOKENS).mkdir()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(unit, "pt")) for unit in units]
+        for name in files[0].keys():  # noqa: SIM118 - not a mapping
+            save_file(
+                {"inputs": torch.cat([file.get_tensor(name) for file in files])},
+                folder / TOKENS / f"{name}.safetensors",
+            )
+
+
 def load(folder: Path) -> Importance:
     """Reads what `save` wrote; raises CheckpointError for a missing file."""
     for name in (SCORES, CONDITIONING, CHANGE):
@@ -51,7 +88,9 @@ def load(folder: Path) -> Importance:
             raise CheckpointError(f"{folder / name} is missing; stage importance writes it")
     change = json.loads((folder / CHANGE).read_text())
     means, errors = (dict(zip(change["blocks"], change[kind], strict=True)) for kind in ("relative", "mse"))
-    return Importance(load_file(folder / SCORES), load_file(folder / CONDITIONING)["vectors"], means, errors)
+    return Importance(
+        load_file(folder / SCORES), load_file(folder / CONDITIONING)["vectors"], means, errors, Tokens(folder / TOKENS)
+    )
 
 
 def _change(blocks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

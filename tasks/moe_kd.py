@@ -35,9 +35,9 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str) ->
         # The same seed as in shared_expert_kd: a random split must be the same in both.
         seed = noise.derive_seed(config.seed, "conversion")
         if config.kd.joint:
-            stream.to_moe_joint(teacher, out, found.scores, config.moe, found.conditioning, seed)
+            stream.to_moe_joint(teacher, out, found.scores, config.moe, found.conditioning, seed, found.tokens)
         else:
-            stream.to_moe(place / SHARED_EXPERT, teacher, out, found.scores, config.moe, seed)
+            stream.to_moe(place / SHARED_EXPERT, teacher, out, found.scores, config.moe, seed, found.tokens)
 
     return kd_trainee.build(device, place, config, config.kd.moe, "moe_kd", student, Path(made))
 

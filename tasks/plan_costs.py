@@ -120,9 +120,7 @@ class Costs:
     def _baseline(self, baseline: BaselineConfig) -> dict[str, Any]:
         dense = self.teacher.transformer
         if baseline.ratio is not None:
-            width = self.params.moe.conditioning_dim if baseline.compress_conditioning else None
-            cut = self.params.moe.model_copy(update={"shared_ratio": baseline.ratio, "conditioning_dim": width})
-            return structure.shared_config(dense, cut)
+            return structure.shared_config(dense, baseline.cut(self.params.moe))
         # Which blocks go is found by their importance; what is left costs the same. What an earlier step dropped stays dropped.
         start = self.params.baselines.get(baseline.init.removeprefix("checkpoints/baselines/"))
         config = dict(dense) if start is None else self._baseline(start)
@@ -182,8 +180,13 @@ class Costs:
         text_flops, text_memory = self._text(self.given)
         flops = samples * (cost.flops / min(size, samples) + text_flops)
         memory = {**cost.most.by_kind, "text encoders": text_memory}
+        ffns = 2 * int(self.teacher.transformer["num_layers"]) + int(self.teacher.transformer["num_single_layers"])
+        width = int(self.teacher.transformer["num_attention_heads"]) * int(
+            self.teacher.transformer["attention_head_dim"]
+        )
+        tokens = ffns * self.params.kd.calibration_tokens * width * self.given.itemsize
         return StageCost(
-            "importance", f"{samples} samples, {size} at once", flops, memory, gpus=self._gpus("importance")
+            "importance", f"{samples} samples, {size} at once", flops, memory, tokens, gpus=self._gpus("importance")
         )
 
     def distillation(self, name: str, stage: KDStageConfig, config: Mapping[str, Any]) -> StageCost:

@@ -51,7 +51,7 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str) ->
             outs.write_json(
                 out.with_name(START), {name: float(f"{value:.6g}") for name, value in errors._asdict().items()}
             )
-        stream.to_shared(dense, out, found.scores, moe, found.conditioning, seed)
+        stream.to_shared(dense, out, found.scores, moe, found.conditioning, seed, found.tokens)
 
     return kd_trainee.build(device, place, config, config.kd.shared_expert, "shared_expert_kd", student, Path(made))
 

@@ -34,6 +34,14 @@ def check_widths(moe: MoEConfig, width: int) -> None:
         )
 
 
+def check_fit(moe: MoEConfig, joint: bool) -> None:
+    """W2 is fitted for all experts together, so none of them may have been trained before."""
+    if moe.refit and not joint:
+        raise ValueError(
+            "moe.refit is true, but kd.joint false; it fits shared and normal experts together, so it must be true"
+        )
+
+
 def check_baselines(
     baselines: Mapping[str, BaselineConfig], moe: MoEConfig, width: int, num_double: int, num_single: int
 ) -> None:

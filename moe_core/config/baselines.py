@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from moe_core.config.kd import KDStageConfig
 from moe_core.config.section import Section
+from moe_core.config.sparse import MoEConfig
 
 
 class BaselineConfig(Section):
@@ -23,9 +24,28 @@ class BaselineConfig(Section):
     compress_conditioning: bool = Field(
         False, description="diff_pruning: AdaLN compressed to moe.conditioning_dim, as in the sparse models"
     )
+    fitted: bool = Field(
+        False,
+        description="diff_pruning: hidden units chosen, and second matrices fitted, as moe.split greedy and moe.refit do for experts; not the rule of"
+        " that paper, but what of a fitted MoE model is not routing",
+    )
     double_blocks: int | None = Field(None, gt=0, description="lite, bk: how many are left; null: all")
     single_blocks: int | None = Field(None, gt=0, description="lite, bk: how many are left; null: all")
     kd: KDStageConfig
+
+    def cut(self, moe: MoEConfig) -> MoEConfig:
+        """diff_pruning: its FFNs as a shared expert without others."""
+        changes: dict[str, Any] = {
+            "shared_ratio": self.ratio,
+            "num_experts": 1,
+            "split": "greedy" if self.fitted else "taylor",
+            "deal": "round_robin",
+            "router_init": "normal",
+            "refit": self.fitted,
+        }
+        if not self.compress_conditioning:
+            changes["conditioning_dim"] = None
+        return moe.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> BaselineConfig:
@@ -40,9 +60,9 @@ class BaselineConfig(Section):
                 raise ValueError(f"method is diff_pruning, but {given[0]} is {depth[given[0]]}; it drops no blocks")
             if self.init != "teacher":
                 raise ValueError(f"method is diff_pruning, but init is {self.init}; its scores are the teacher's")
-        elif self.ratio is not None or self.compress_conditioning:
+        elif self.ratio is not None or self.compress_conditioning or self.fitted:
             raise ValueError(
-                f"method is {self.method}, which cuts nothing in a block: ratio and compress_conditioning must be left out"
+                f"method is {self.method}, which cuts nothing in a block: ratio, compress_conditioning and fitted must be left out"
             )
         elif not given:
             raise ValueError(f"method is {self.method}, but neither double_blocks nor single_blocks is given")

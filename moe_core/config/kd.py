@@ -39,6 +39,10 @@ class KDConfig(Section):
     timesteps: TimestepConfig
     validation_samples: int = Field(gt=0, description="fixed samples, noise and timesteps of the validation loss")
     importance_batch_size: int = Field(gt=0)
+    calibration_tokens: int = Field(
+        gt=0,
+        description="about how many tokens of each FFN stage importance keeps, for conversions that are fitted to them",
+    )
     joint: bool = Field(
         False, description="moe_kd starts from the teacher instead of the trained shared experts (Table 5)"
     )

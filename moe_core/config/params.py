@@ -8,6 +8,7 @@ from moe_core.config.agreement import (
     check_baseline_starts,
     check_baselines,
     check_blocks,
+    check_fit,
     check_levels,
     check_samples,
     check_widths,
@@ -42,6 +43,7 @@ class Params(Section):
     def _sections_agree(self) -> Params:
         check_levels(self.mob, self.baselines, self.models)
         check_baseline_starts(self.baselines)
+        check_fit(self.moe, self.kd.joint)
         check_samples(self)
         check_workers(self)
         if self.model.transformer is not None:

@@ -18,17 +18,33 @@ class MoEConfig(Section):
     normal_ratio: float = Field(gt=0, description="r_n")
     num_experts: int = Field(gt=0, description="n")
     top_k: int = Field(gt=0, description="k")
-    split: Literal["taylor", "random"] = "taylor"
+    split: Literal["taylor", "random", "greedy"] = Field(
+        "taylor",
+        description="which segments the shared expert gets: those of the highest scores of eq. 6; any (Table 5); or those that tell the whole FFN's"
+        " output best (`moe_core.fit`)",
+    )
+    deal: Literal["round_robin", "importance", "coactivation"] = Field(
+        "round_robin",
+        description="how normal experts get the rest: in turn by rank; the best to the first expert; or units that are active together",
+    )
+    refit: bool = Field(
+        False, description="second matrices fitted to the whole FFN's output; without it they are the FFN's own"
+    )
     gate_norm: Literal["renormalize", "scale_to_k", "unit"] = Field(
         "renormalize", description="eq. 3; the same times k; or 1 for each active expert"
     )
     balance_probs: Literal["softmax", "gate"] = "softmax"
-    router_init_std: float = Field(0.02, gt=0)
+    router_init: Literal["normal", "norms"] = Field(
+        "normal", description="drawn; or fitted to the norms of the experts' outputs"
+    )
+    router_init_std: float = Field(0.02, gt=0, description="router_init normal")
     dense_double_blocks: tuple[int, ...] = Field((0,), description="double blocks that keep their FFNs")
     conditioning_dim: int | None = Field(
         None, gt=0, description="width of the compressed AdaLN conditioning; null: not compressed"
     )
-    ridge: float = Field(1e-3, gt=0, description="ridge of the AdaLN regression, relative to the mean variance")
+    ridge: float = Field(
+        1e-3, gt=0, description="ridge of the regressions (AdaLN, refit, router), relative to the inputs' mean variance"
+    )
 
     @model_validator(mode="after")
     def _adds_up(self) -> MoEConfig:
@@ -41,6 +57,11 @@ class MoEConfig(Section):
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but there are {self.num_experts} experts")
         return self
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the conversion reads tokens of the FFNs, which stage `importance` keeps."""
+        return self.split == "greedy" or self.deal == "coactivation" or self.router_init == "norms" or self.refit
 
 
 class MoBGroupsConfig(Section):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_core import convert, structure
+from moe_core import convert, experts, structure
 from moe_core.errors import ConfigError
 from moe_core.mob import MoBGroup
 from tests.moe_core.small_models import (
@@ -54,7 +54,7 @@ def test_all_experts_at_gate_1_equal_the_dense_model_in_fp64():
 def test_taylor_split_gives_the_best_to_the_shared_expert_and_deals_the_rest():
     moe = make_moe(shared_ratio=1.0, normal_ratio=1.5, num_experts=2)
     scores = torch.tensor([0.0, 7, 1, 6, 2, 5, 3, 4])
-    split = convert.split_segments("ffn", 8, 2, {"ffn": scores}, moe, seed=0)
+    split = experts.split_segments("ffn", 8, 2, {"ffn": scores}, moe, seed=0)
     assert split.shared.tolist() == [1, 3]
     # By rank: 5 (5), 7 (4), 6 (3), 4 (2), 2 (1), 0 (0), alternating.
     assert split.experts_EF.tolist() == [[2, 5, 6], [0, 4, 7]]
@@ -65,7 +65,7 @@ def test_every_segment_has_one_place(split: str):
     teacher = make_teacher()
     scores, moe = make_scores(teacher), make_moe(split=split)
     for name in convert.ffn_names(teacher):
-        found = convert.split_segments(name, 128, 32, scores, moe, seed=3)
+        found = experts.split_segments(name, 128, 32, scores, moe, seed=3)
         assert found.shared.shape == (32,)
         assert found.experts_EF.shape == (12, 8)
         assert sorted(found.shared.tolist() + found.experts_EF.flatten().tolist()) == list(range(128))
@@ -75,7 +75,7 @@ def test_random_split_is_a_function_of_seed_and_layer():
     moe = make_moe(split="random")
 
     def shared(name: str, seed: int) -> list[int]:
-        return convert.split_segments(name, 128, 32, {}, moe, seed).shared.tolist()
+        return experts.split_segments(name, 128, 32, {}, moe, seed).shared.tolist()
 
     assert shared("a", 0) == shared("a", 0)
     assert shared("a", 0) != shared("a", 1)

@@ -171,3 +171,47 @@ def test_nothing_to_average_is_an_error():
         block_change(["transformer_blocks.0"], [])
     with pytest.raises(ValueError, match="no batch"):
         ImportanceAccumulator(make_teacher()).conditioning_vectors()
+
+
+def kept(count: int, *cuts: slice, **changes) -> dict[str, torch.Tensor]:
+    """Tokens of a batch of four that goes through in these cuts."""
+    teacher, batch = make_teacher(), make_batch(4)
+    accumulator = ImportanceAccumulator(teacher, count, **{"seed": 3, **changes})
+    for cut in cuts or [slice(0, 4)]:
+        accumulator.update(batch[cut], number=cut.start)
+    return accumulator.tokens()
+
+
+def test_tokens_are_inputs_of_their_ffn():
+    teacher, batch = make_teacher(), make_batch(4)
+    seen: dict[str, torch.Tensor] = {}
+    linears = {
+        "transformer_blocks.1.ff_context": teacher.transformer_blocks[1].ff_context.net[0].proj,
+        "single_transformer_blocks.0.moe": teacher.single_transformer_blocks[0].proj_mlp,
+    }
+    for name, linear in linears.items():
+        linear.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+    with torch.no_grad():
+        predict(teacher, batch)
+    tokens = kept(3)
+    assert list(tokens) == list(taylor_scores(teacher, [batch]))
+    for name, inputs_BTD in seen.items():
+        assert tokens[name].shape == (12, inputs_BTD.shape[2])
+        for sample, tokens_TD in enumerate(tokens[name].split(3)):
+            distance_TT = torch.cdist(tokens_TD, inputs_BTD[sample])
+            assert distance_TT.min(1).values.max() < 1e-4
+            # Three different ones.
+            assert len(set(distance_TT.argmin(1).tolist())) == 3
+    # A text of fewer tokens gives all that it has.
+    whole = kept(1000)["transformer_blocks.1.ff_context"]
+    assert len(whole) == seen["transformer_blocks.1.ff_context"].shape[:2].numel()
+
+
+def test_tokens_do_not_depend_on_how_the_set_is_cut():
+    expected = kept(3)
+    for cuts in ((slice(0, 1), slice(1, 4)), (slice(0, 2), slice(2, 3), slice(3, 4))):
+        for name, tokens in kept(3, *cuts).items():
+            torch.testing.assert_close(tokens, expected[name], rtol=1e-5, atol=1e-5)
+    name = "single_transformer_blocks.0.moe"
+    assert not torch.allclose(kept(3, seed=4)[name], expected[name])
+    assert kept(0) == {}

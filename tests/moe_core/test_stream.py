@@ -82,12 +82,12 @@ def test_folder_to_folder_gives_the_bits_of_memory(tmp_path: Path, dtype: torch.
     dense, limit = saved(teacher, tmp_path / "dense", shard), shard or stream.MAX_SHARD_BYTES
     shared, joint = tmp_path / "shared", tmp_path / "joint"
 
-    stream.to_shared(dense, shared, scores, moe, bank, 3, limit)
+    stream.to_shared(dense, shared, scores, moe, bank, 3, max_shard_bytes=limit)
     in_memory = convert.to_shared(teacher, scores, moe, bank, 3)
     assert_is(shared, in_memory)
-    stream.to_moe(shared, dense, tmp_path / "moe", scores, moe, 3, limit)
+    stream.to_moe(shared, dense, tmp_path / "moe", scores, moe, 3, max_shard_bytes=limit)
     assert_is(tmp_path / "moe", convert.to_moe(in_memory, teacher, scores, moe, 3))
-    stream.to_moe_joint(dense, joint, scores, moe, bank, 3, limit)
+    stream.to_moe_joint(dense, joint, scores, moe, bank, 3, max_shard_bytes=limit)
     in_memory = convert.to_moe_joint(teacher, scores, moe, bank, 3)
     assert_is(joint, in_memory)
     assert (len(list(joint.glob("*.safetensors"))) > 1) == (shard is not None)
@@ -99,6 +99,20 @@ def test_folder_to_folder_gives_the_bits_of_memory(tmp_path: Path, dtype: torch.
     assert_is(tmp_path / "S", convert.to_mob(in_memory, S, make_mob(), CHANGE, 3))
     stream.to_mob(dense, tmp_path / "dense-mob", M, make_mob(), CHANGE, 3, limit)
     assert_is(tmp_path / "dense-mob", convert.to_mob(teacher, M, make_mob(), CHANGE, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fit_to_tokens_has_the_bits_of_memory_too(tmp_path: Path, dtype: torch.dtype):
+    teacher = make_teacher().to(dtype)
+    scores = make_scores(teacher)
+    generator = torch.Generator().manual_seed(0)
+    tokens = {name: torch.randn(200, teacher.inner_dim, generator=generator).to(dtype) for name in scores}
+    moe = make_moe(split="greedy", deal="coactivation", router_init="norms", refit=True, dense_double_blocks=(0,))
+    dense = saved(teacher, tmp_path / "dense", SMALL)
+    stream.to_moe_joint(dense, tmp_path / "L", scores, moe, None, 3, tokens, max_shard_bytes=SMALL)
+    assert_is(tmp_path / "L", convert.to_moe_joint(teacher, scores, moe, None, 3, tokens))
+    stream.to_shared(dense, tmp_path / "shared", scores, moe, None, 3, tokens, max_shard_bytes=SMALL)
+    assert_is(tmp_path / "shared", convert.to_shared(teacher, scores, moe, None, 3, tokens))
 
 
 def test_shards_are_diffusers_own(tmp_path: Path):
