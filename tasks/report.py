@@ -99,7 +99,8 @@ def settings(params: Params) -> list[tuple[str, str]]:
             "MoE",
             f"{moe.shared_ratio:g}S{moe.num_experts}E{moe.top_k}A: shared expert r_s = {moe.shared_ratio:g},"
             f" {moe.num_experts} normal experts of r_n = {moe.normal_ratio:g}, {moe.top_k} active;"
-            f" {active:g} of r = {moe.expansion_ratio:g} active. Split by {moe.split}; gate {moe.gate_norm};"
+            f" {active:g} of r = {moe.expansion_ratio:g} active. Split by {moe.split}, dealt by {moe.deal}; router"
+            f" {moe.router_init}{', W2 refitted' if moe.refit else ''}; gate {moe.gate_norm};"
             f" double blocks kept dense: {', '.join(map(str, moe.dense_double_blocks)) or 'none'}.",
         )
     )

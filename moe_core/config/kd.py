@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from moe_core.config.section import Section
 from moe_core.config.training import OptimizerConfig, TimestepConfig
 
-Part = Literal["shared", "conditioning", "experts", "router", "group_blocks", "block_router", "gap_blocks", "all"]
+Part = Literal[
+    "shared", "conditioning", "experts", "router", "group_blocks", "block_router", "gap_blocks", "rest", "all"
+]
 """Parts of a student, as `kd.*.train` names them."""
 
 

@@ -1,0 +1,304 @@
+"""Where does the loss of a conversion come from? Answers for the checkout's own teacher, before training and after it.
+
+    dvc exp run -S experiment=scenes importance          a teacher with its shards, scores and tokens
+    python -m benchmarks.loss_sources layers             what each choice leaves of an FFN's output, and what the best routing would; a minute
+    python -m benchmarks.loss_sources train --steps 300 --seeds 0 --rows plus pruned_1_5
+    python -m benchmarks.loss_sources gather             benchmarks/results/loss_sources.json, and a table
+
+`train` runs the stages' own training loop in this process, on one thread; call it twice with other rows or seeds to use two cores. A run that was
+killed goes on, a finished one is passed over. Without `--rows`, all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import routing_bounds
+from moe_core import convert, experts, fit, noise, sampling
+from moe_core.config import MoEConfig, Params, parse
+from tasks import importance_files, training
+from tasks.project import read_params
+from tasks.phase import METRICS, PRODUCT, Phase
+from tasks.places import IMPORTANCE, SHARDS, SHARED_EXPERT, TEACHER
+
+RESULTS = Path("benchmarks/results/loss_sources.json")
+WORK = Path(".resume/loss_sources")
+CPU = torch.device("cpu")
+
+PAPER = {
+    "split": "taylor", "deal": "round_robin", "router_init": "normal", "refit": False, "gate_norm": "renormalize",
+    "shared_ratio": 1.0, "normal_ratio": 0.25, "num_experts": 12, "top_k": 2,
+}  # fmt: skip
+LADDER = (
+    {"gate_norm": "scale_to_k"},
+    {"deal": "coactivation"},
+    {"router_init": "norms"},
+    {"refit": True},
+    {"split": "greedy"},
+)
+PLUS = PAPER | LADDER[0] | LADDER[1] | LADDER[2] | LADDER[3] | LADDER[4]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: a MoE model, or FFNs cut to `cut`."""
+
+    moe: dict[str, Any]
+    kd: dict[str, Any]
+    """changes of kd.moe; of its optimizer under `optimizer`"""
+    staged: bool = False
+    """shared experts first, for half of the steps"""
+    cut: float | None = None
+    fitted: bool = False
+
+
+def _rows() -> dict[str, Row]:
+    joint = {"train": ["all"], "lambda_balance": 0.0}
+    rows = {
+        "staged": Row(PAPER, {"train": ["experts", "router"], "lambda_balance": 0.01}, staged=True),
+        "joint": Row(PAPER, joint),
+    }
+    moe = PAPER
+    for number, step in enumerate(LADDER):
+        moe = moe | step
+        rows[
+            "plus"
+            if moe == PLUS
+            else "joint_" + "_".join("".join(str(v) for v in s.values()) for s in LADDER[: number + 1])
+        ] = Row(moe, joint)
+    rows |= {
+        "plus_unit_gates": Row(PLUS | {"gate_norm": "unit"}, joint),
+        "plus_round_robin": Row(PLUS | {"deal": "round_robin"}, joint),
+        "plus_importance": Row(PLUS | {"deal": "importance"}, joint),
+        "plus_drawn_router": Row(PLUS | {"router_init": "normal"}, joint),
+        "plus_no_refit": Row(PLUS | {"refit": False}, joint),
+        "plus_taylor": Row(PLUS | {"split": "taylor"}, joint),
+        "plus_14e4a": Row(PLUS | {"shared_ratio": 0.5, "num_experts": 14, "top_k": 4}, joint),
+        "plus_balance": Row(PLUS, joint | {"lambda_balance": 0.01}),
+        "plus_no_features": Row(PLUS, joint | {"lambda_feature": 0.0}),
+        "plus_ffns_only": Row(PLUS, joint | {"train": ["shared", "conditioning", "experts", "router"]}),
+        "plus_router_fixed": Row(PLUS, joint | {"train": ["shared", "conditioning", "experts", "gap_blocks", "rest"]}),
+        "plus_half_rate": Row(PLUS, joint | {"optimizer": {"learning_rate": 5e-3}}),
+        "plus_double_rate": Row(PLUS, joint | {"optimizer": {"learning_rate": 2e-2}}),
+        "pruned_1_5": Row({}, joint, cut=1.5),
+        "pruned_1_5_half_rate": Row({}, joint | {"optimizer": {"learning_rate": 5e-3}}, cut=1.5),
+        "pruned_1_5_double_rate": Row({}, joint | {"optimizer": {"learning_rate": 2e-2}}, cut=1.5),
+        "pruned_1_5_fitted": Row({}, joint, cut=1.5, fitted=True),
+        "pruned_2": Row({}, joint, cut=2.0),
+    }
+    return rows
+
+
+ROWS = _rows()
+
+
+# -- before training
+
+
+def layers(root: Path) -> dict[str, dict[str, float]]:
+    """Choice -> squared error of the FFNs' outputs over their squared norm, on tokens that no fit has seen: mean and largest of all FFNs."""
+    params, found = read_params(root), importance_files.load(root / IMPORTANCE)
+    teacher = sampling.load_transformer(root / TEACHER / "transformer")
+    weights, seed = teacher.state_dict(), noise.derive_seed(params.seed, "conversion")
+    errors: dict[str, list[float]] = {}
+    for name in convert.ffn_names(teacher, params.moe.dense_double_blocks):
+        names = experts.dense_ffn(name, teacher.inner_dim)
+        ffn = weights[names.w1], weights[names.b1], weights[names.w2][:, names.first :]
+        tokens_ND = found.tokens[name]
+        mixed = torch.randperm(len(tokens_ND), generator=experts.generator(seed, "halves", name))
+        seen_ND, other_ND = (tokens_ND[half].double() for half in mixed.chunk(2))
+        for choice, error in _choices(name, ffn, seen_ND, other_ND, found.scores, params.moe, seed):
+            errors.setdefault(choice, []).append(error)
+    return {choice: {"mean": statistics.mean(values), "max": max(values)} for choice, values in errors.items()}
+
+
+def _choices(
+    name: str,
+    ffn: tuple[Tensor, Tensor, Tensor],
+    seen_ND: Tensor,
+    other_ND: Tensor,
+    scores: Any,
+    moe: MoEConfig,
+    seed: int,
+) -> Iterator[tuple[str, float]]:
+    w1_FD, b1_F, w2_DF = (value.double() for value in ffn)
+    width, hidden = w2_DF.shape
+    h_NF = F.gelu(F.linear(other_ND, w1_FD, b1_F), approximate="tanh")
+    target_ND = F.linear(h_NF, w2_DF)
+
+    def error(output_ND: Tensor) -> float:
+        return ((output_ND - target_ND).square().sum() / target_ND.square().sum()).item()
+
+    def fitted(alone: bool = False, **changes: Any) -> tuple[fit.LayerFit, MoEConfig]:
+        chosen = moe.model_copy(update={**PAPER, **changes})
+        order_F = experts.ranks(name, hidden, width, scores, chosen, seed)
+        drawn_ED = experts.drawn(torch.Size((chosen.num_experts, width)), chosen.router_init_std, seed, name).double()
+        made = experts.generator(seed, "deal", name)
+        return fit.fit_layer(seen_ND, ffn, order_F, drawn_ED, chosen, made, alone), chosen
+
+    for ratio in (1.0, 1.5, 2.0):
+        for how, changes in (("", {}), (", fitted", {"split": "greedy", "refit": True})):
+            found, _ = fitted(True, **{"shared_ratio": ratio, "num_experts": 1, "top_k": 1, **changes})
+            yield f"cut to r = {ratio:g}{how}", error(F.linear(h_NF[:, found.split.shared], found.shared_DS))
+    for deal in ("round_robin", "importance", "coactivation"):
+        found, chosen = fitted(deal=deal, router_init="norms", gate_norm="unit")
+        for routing, output_ND in routing_bounds.layer_outputs(found, h_NF, other_ND, target_ND, chosen, seed):
+            yield f"{deal}: {routing}", error(output_ND)
+        halved = routing_bounds.gated(found, h_NF, routing_bounds.learned(found, other_ND, chosen.top_k) / chosen.top_k)
+        yield f"{deal}: fitted router, gates that sum to 1", error(halved)
+        for split in ("taylor", "greedy"):
+            found, chosen = fitted(deal=deal, router_init="norms", gate_norm="unit", refit=True, split=split)
+            output_ND = routing_bounds.gated(found, h_NF, routing_bounds.learned(found, other_ND, chosen.top_k))
+            yield f"{deal}: fitted router, W2 refitted, split {split}", error(output_ND)
+
+
+# -- training
+
+
+def train(root: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
+    """The KD loss of a row along its training, and with other routings after it."""
+    row, params = ROWS[name], read_params(root)
+    place = root / WORK / f"{name}-{steps}-{seed}"
+    done = place / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    (place / "data" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for folder in (TEACHER, SHARDS, IMPORTANCE):
+        if not (place / folder).exists():
+            (place / folder).symlink_to((root / folder).resolve())
+    whole = _changed(params, row, steps, seed)
+    if row.staged:
+        half = {
+            "shared_expert": _stage(params, steps // 2, {}),
+            "moe": _stage(params, steps - steps // 2, row.kd),
+            "joint": False,
+        }
+        whole = whole.model_copy(update={"kd": params.kd.model_copy(update=half)})
+        if not (place / SHARED_EXPERT).exists():
+            _run(place, whole, "shared", "tasks.shared_expert_kd:build", whole.kd.shared_expert)
+            (place / "shared" / PRODUCT).rename(place / SHARED_EXPERT)
+    if row.cut is None:
+        _run(place, whole, "train", "tasks.moe_kd:build", whole.kd.moe)
+    else:
+        _run(place, whole, "train", "tasks.baseline:build", whole.baselines["cut"].kd, name="cut")
+    records = [json.loads(line) for line in (place / "train" / METRICS).read_text().splitlines()]
+    result = {
+        "row": name, "steps": steps, "seed": seed,
+        "losses": {record["step"]: record["distill"] for record in records if record["split"] == "validation"},
+        "seconds_a_step": statistics.median(record["seconds"] for record in records if record["split"] == "train"),
+    }  # fmt: skip
+    if row.cut is None:
+        result["routing"] = routing_bounds.model_losses(place, whole, place / "train" / PRODUCT)
+    done.write_text(json.dumps(result))
+    return result
+
+
+def _changed(params: Params, row: Row, steps: int, seed: int) -> Params:
+    values = params.model_dump(mode="json") | {"seed": seed}
+    values["moe"] |= row.moe
+    values["kd"]["joint"] = not row.staged
+    values["kd"]["moe"] = _stage(params, steps, row.kd).model_dump(mode="json")
+    values["baselines"], values["models"] = (
+        {},
+        {name: model for name, model in values["models"].items() if name not in params.baselines},
+    )
+    if row.cut is not None:
+        cut = {"method": "diff_pruning", "ratio": row.cut, "compress_conditioning": True, "fitted": row.fitted}
+        values["baselines"] = {"cut": cut | {"init": "teacher", "kd": values["kd"]["moe"]}}
+        values["models"]["cut"] = {"checkpoint": "data/checkpoints/baselines/cut", "reference": "data/images/teacher"}
+    return parse(Params, values)
+
+
+def _stage(params: Params, steps: int, changes: dict[str, Any]) -> Any:
+    """kd.moe with so many steps; warm-up in proportion where the preset's is longer than a tenth."""
+    base = params.kd.shared_expert if not changes else params.kd.moe
+    optim = base.optimizer.model_dump() | {
+        "steps": steps,
+        "warmup_steps": min(base.optimizer.warmup_steps, steps // 10),
+    }
+    values = base.model_dump() | {key: value for key, value in changes.items() if key != "optimizer"}
+    values |= {"optimizer": optim | changes.get("optimizer", {}), "validate_every": max(1, steps // 10)}
+    return type(base).model_validate(values)
+
+
+def _run(place: Path, params: Params, phase: str, build: str, stage: Any, **arguments: Any) -> None:
+    given = {
+        "root": str(place),
+        "params": params.model_dump(mode="json"),
+        "made": str(place / f"{phase}-student"),
+        **arguments,
+    }
+    training.run(
+        [Phase(phase, build, given, stage.optimizer, stage.validate_every, 50, 100)], place, CPU, 1, params.seed
+    )
+
+
+# -- results
+
+
+def gather(root: Path) -> None:
+    """Joins what is finished into the results, and prints it."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    runs = {(run["row"], run["steps"], run["seed"]): run for run in results.get("runs", [])}
+    for path in sorted((root / WORK).glob("*/result.json")):
+        run = json.loads(path.read_text())
+        runs[run["row"], run["steps"], run["seed"]] = run
+    results["runs"] = [runs[key] for key in sorted(runs)]
+    _write(results)
+    for steps in sorted({steps for _, steps, _ in runs}):
+        print(f"\n{steps} steps\n")
+        print(
+            "| row | seeds | before | a tenth | half | end | random routing | largest experts |\n|---|--:|--:|--:|--:|--:|--:|--:|"
+        )
+        for row in (name for name in ROWS if any(key[:2] == (name, steps) for key in runs)):
+            own = [run for key, run in runs.items() if key[:2] == (row, steps)]
+            points = [
+                [run["losses"][step] for run in own]
+                for step in ("0", str(max(1, steps // 10)), str(steps // 2), str(steps))
+            ]
+            bounds = [[run["routing"][kind] for run in own if "routing" in run] for kind in ("random", "largest")]
+            cells = [f"{statistics.mean(values):.4f}" if values else "" for values in (*points, *bounds)]
+            print(f"| {row} | {len(own)} | {' | '.join(cells)} |")
+
+
+def _write(results: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    """Runs one of the three commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["layers", "train", "gather"])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    chosen, root = parser.parse_args(), Path.cwd()
+    torch.set_num_threads(1)
+    if chosen.command == "layers":
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results["layers"] = layers(root)
+        _write(results)
+        for choice, values in results["layers"].items():
+            print(f"| {choice} | {values['mean']:.4f} | {values['max']:.4f} |")
+    elif chosen.command == "train":
+        for seed in chosen.seeds:
+            for row in chosen.rows:
+                found = train(root, row, chosen.steps, seed)
+                print(row, seed, {step: round(loss, 5) for step, loss in found["losses"].items()}, flush=True)
+    else:
+        gather(root)
+
+
+if __name__ == "__main__":
+    main()
