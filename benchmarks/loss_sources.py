@@ -27,9 +27,9 @@ from benchmarks import routing_bounds
 from moe_core import convert, experts, fit, noise, sampling
 from moe_core.config import MoEConfig, Params, parse
 from tasks import importance_files, training
-from tasks.project import read_params
 from tasks.phase import METRICS, PRODUCT, Phase
 from tasks.places import IMPORTANCE, SHARDS, SHARED_EXPERT, TEACHER
+from tasks.project import read_params
 
 RESULTS = Path("benchmarks/results/loss_sources.json")
 WORK = Path(".resume/loss_sources")
