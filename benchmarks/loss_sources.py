@@ -12,6 +12,7 @@ killed goes on, a finished one is passed over. Without `--rows`, all of them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import routing_bounds
 from moe_core import convert, experts, fit, noise, sampling
-from moe_core.config import MoEConfig, Params, parse
+from moe_core.config import KDStageConfig, MoEConfig, Params, parse
 from tasks import importance_files, training
 from tasks.phase import METRICS, PRODUCT, Phase
 from tasks.places import IMPORTANCE, SHARDS, SHARED_EXPERT, TEACHER
@@ -39,14 +40,14 @@ PAPER = {
     "split": "taylor", "deal": "round_robin", "router_init": "normal", "refit": False, "gate_norm": "renormalize",
     "shared_ratio": 1.0, "normal_ratio": 0.25, "num_experts": 12, "top_k": 2,
 }  # fmt: skip
-LADDER = (
-    {"gate_norm": "scale_to_k"},
-    {"deal": "coactivation"},
-    {"router_init": "norms"},
-    {"refit": True},
-    {"split": "greedy"},
-)
-PLUS = PAPER | LADDER[0] | LADDER[1] | LADDER[2] | LADDER[3] | LADDER[4]
+LADDER: dict[str, dict[str, Any]] = {
+    "joint_gates": {"gate_norm": "scale_to_k"},
+    "joint_gates_deal": {"deal": "coactivation"},
+    "joint_gates_deal_router": {"router_init": "norms"},
+    "joint_gates_deal_router_refit": {"refit": True},
+    "plus": {"split": "greedy"},
+}
+PLUS = PAPER | {key: value for step in LADDER.values() for key, value in step.items()}
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,11 @@ def _rows() -> dict[str, Row]:
         "staged": Row(PAPER, {"train": ["experts", "router"], "lambda_balance": 0.01}, staged=True),
         "joint": Row(PAPER, joint),
     }
+    # One step after the other, from the paper's conversion to `plus`.
     moe = PAPER
-    for number, step in enumerate(LADDER):
+    for name, step in LADDER.items():
         moe = moe | step
-        rows[
-            "plus"
-            if moe == PLUS
-            else "joint_" + "_".join("".join(str(v) for v in s.values()) for s in LADDER[: number + 1])
-        ] = Row(moe, joint)
+        rows[name] = Row(moe, joint)
     rows |= {
         "plus_unit_gates": Row(PLUS | {"gate_norm": "unit"}, joint),
         "plus_round_robin": Row(PLUS | {"deal": "round_robin"}, joint),
@@ -115,8 +113,8 @@ def layers(root: Path) -> dict[str, dict[str, float]]:
         names = experts.dense_ffn(name, teacher.inner_dim)
         ffn = weights[names.w1], weights[names.b1], weights[names.w2][:, names.first :]
         tokens_ND = found.tokens[name]
-        mixed = torch.randperm(len(tokens_ND), generator=experts.generator(seed, "halves", name))
-        seen_ND, other_ND = (tokens_ND[half].double() for half in mixed.chunk(2))
+        # Halves of the samples, which stand one after the other: the fit has seen no token of the other half's pictures.
+        seen_ND, other_ND = tokens_ND.double().chunk(2)
         for choice, error in _choices(name, ffn, seen_ND, other_ND, found.scores, params.moe, seed):
             errors.setdefault(choice, []).append(error)
     return {choice: {"mean": statistics.mean(values), "max": max(values)} for choice, values in errors.items()}
@@ -142,7 +140,7 @@ def _choices(
     def fitted(alone: bool = False, **changes: Any) -> tuple[fit.LayerFit, MoEConfig]:
         chosen = moe.model_copy(update={**PAPER, **changes})
         order_F = experts.ranks(name, hidden, width, scores, chosen, seed)
-        drawn_ED = experts.drawn(torch.Size((chosen.num_experts, width)), chosen.router_init_std, seed, name).double()
+        drawn_ED = experts.drawn_router(name, torch.Size((chosen.num_experts, width)), chosen, seed)
         made = experts.generator(seed, "deal", name)
         return fit.fit_layer(seen_ND, ffn, order_F, drawn_ED, chosen, made, alone), chosen
 
@@ -160,6 +158,23 @@ def _choices(
             found, chosen = fitted(deal=deal, router_init="norms", gate_norm="unit", refit=True, split=split)
             output_ND = routing_bounds.gated(found, h_NF, routing_bounds.learned(found, other_ND, chosen.top_k))
             yield f"{deal}: fitted router, W2 refitted, split {split}", error(output_ND)
+    # The last layer again, its W2 fitted in two steps: the shared expert's first, then the others' to what is left.
+    seen_h_NF = F.gelu(F.linear(seen_ND, w1_FD, b1_F), approximate="tanh")
+    first_DS = fit.regress(seen_h_NF[:, found.split.shared], F.linear(seen_h_NF, w2_DF), chosen.ridge)
+    left_ND = F.linear(seen_h_NF, w2_DF) - F.linear(seen_h_NF[:, found.split.shared], first_DS)
+    routed_NF = _routed(found, seen_h_NF, seen_ND, chosen.top_k)
+    rest_DF = fit.regress(routed_NF, left_ND, chosen.ridge)
+    shared_ND = F.linear(h_NF[:, found.split.shared], first_DS)
+    yield (
+        "the last, shared and normal experts refitted one after the other",
+        error(shared_ND + F.linear(_routed(found, h_NF, other_ND, chosen.top_k), rest_DF)),
+    )
+
+
+def _routed(found: fit.LayerFit, h_NF: Tensor, tokens_ND: Tensor, top_k: int) -> Tensor:
+    """The normal experts' hidden units, 0 where an expert does not run."""
+    gates_NE = routing_bounds.learned(found, tokens_ND, top_k)
+    return torch.cat([gates_NE[:, e, None] * h_NF[:, units] for e, units in enumerate(found.split.experts_EF)], dim=1)
 
 
 # -- training
@@ -168,7 +183,7 @@ def _choices(
 def train(root: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
     """The KD loss of a row along its training, and with other routings after it."""
     row, params = ROWS[name], read_params(root)
-    place = root / WORK / f"{name}-{steps}-{seed}"
+    place = root / WORK / _identity(root, params) / f"{name}-{steps}-{seed}"
     done = place / "result.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -179,11 +194,10 @@ def train(root: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
     whole = _changed(params, row, steps, seed)
     if row.staged:
         half = {
-            "shared_expert": _stage(params, steps // 2, {}),
-            "moe": _stage(params, steps - steps // 2, row.kd),
-            "joint": False,
+            "shared_expert": _stage(params.kd.shared_expert, steps // 2, {}),
+            "moe": _stage(params.kd.moe, steps - steps // 2, row.kd),
         }
-        whole = whole.model_copy(update={"kd": params.kd.model_copy(update=half)})
+        whole = whole.model_copy(update={"kd": whole.kd.model_copy(update=half)})
         if not (place / SHARED_EXPERT).exists():
             _run(place, whole, "shared", "tasks.shared_expert_kd:build", whole.kd.shared_expert)
             (place / "shared" / PRODUCT).rename(place / SHARED_EXPERT)
@@ -203,11 +217,19 @@ def train(root: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
     return result
 
 
+def _identity(root: Path, params: Params) -> str:
+    """Of the teacher and the parameters: after another experiment nothing of this one is taken for its own."""
+    digest = hashlib.sha256(params.model_dump_json().encode())
+    for file in sorted((root / TEACHER / "transformer").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _changed(params: Params, row: Row, steps: int, seed: int) -> Params:
     values = params.model_dump(mode="json") | {"seed": seed}
     values["moe"] |= row.moe
     values["kd"]["joint"] = not row.staged
-    values["kd"]["moe"] = _stage(params, steps, row.kd).model_dump(mode="json")
+    values["kd"]["moe"] = _stage(params.kd.moe, steps, row.kd).model_dump(mode="json")
     values["baselines"], values["models"] = (
         {},
         {name: model for name, model in values["models"].items() if name not in params.baselines},
@@ -219,19 +241,18 @@ def _changed(params: Params, row: Row, steps: int, seed: int) -> Params:
     return parse(Params, values)
 
 
-def _stage(params: Params, steps: int, changes: dict[str, Any]) -> Any:
-    """kd.moe with so many steps; warm-up in proportion where the preset's is longer than a tenth."""
-    base = params.kd.shared_expert if not changes else params.kd.moe
+def _stage(base: KDStageConfig, steps: int, changes: dict[str, Any]) -> KDStageConfig:
+    """The stage with so many steps; its warm-up a tenth of them at most."""
     optim = base.optimizer.model_dump() | {
         "steps": steps,
         "warmup_steps": min(base.optimizer.warmup_steps, steps // 10),
     }
     values = base.model_dump() | {key: value for key, value in changes.items() if key != "optimizer"}
     values |= {"optimizer": optim | changes.get("optimizer", {}), "validate_every": max(1, steps // 10)}
-    return type(base).model_validate(values)
+    return KDStageConfig.model_validate(values)
 
 
-def _run(place: Path, params: Params, phase: str, build: str, stage: Any, **arguments: Any) -> None:
+def _run(place: Path, params: Params, phase: str, build: str, stage: KDStageConfig, **arguments: Any) -> None:
     given = {
         "root": str(place),
         "params": params.model_dump(mode="json"),
@@ -250,7 +271,7 @@ def gather(root: Path) -> None:
     """Joins what is finished into the results, and prints it."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     runs = {(run["row"], run["steps"], run["seed"]): run for run in results.get("runs", [])}
-    for path in sorted((root / WORK).glob("*/result.json")):
+    for path in sorted((root / WORK / _identity(root, read_params(root))).glob("*/result.json")):
         run = json.loads(path.read_text())
         runs[run["row"], run["steps"], run["seed"]] = run
     results["runs"] = [runs[key] for key in sorted(runs)]

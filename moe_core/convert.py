@@ -65,9 +65,9 @@ def to_moe(
 ) -> FluxMoETransformer2DModel:
     """Adds routers and normal experts to a student of `to_shared`, whose own weights (trained or not) it keeps.
 
-    The experts are the teacher's remaining segments, by the same scores, split and seed as `to_shared` was given; the
-    routers are drawn from (seed, layer). Raises ConfigError if the student is no shared-only one, or scores or
-    parameters do not fit.
+    The experts are the teacher's remaining segments, by the same scores, split and seed as `to_shared` was given; routers
+    are drawn from (seed, layer), or fitted. tokens: as there. Raises ConfigError if the student is no shared-only one,
+    parameters ask for what is fitted to all experts together (moe.refit, split greedy), or something does not fit.
     """
     return fill(moe_recipe(shared_student, teacher, scores, moe, seed, tokens), student=shared_student, teacher=teacher)
 
@@ -178,9 +178,10 @@ def moe_recipe(
             )
     student = on_meta({**own, "moe": wanted, "conditioning_dim": config.conditioning_dim})
     recipe = Recipe(student, {"student": shared_student, "teacher": teacher})
-    if moe.refit and layers is None:
+    if layers is None and (moe.refit or moe.split == "greedy"):
         raise ConfigError(
-            "moe.refit is true, but the shared experts were trained alone; W2 is fitted for all experts together: set kd.joint, or refit to false"
+            f"moe.refit is {str(moe.refit).lower()} and moe.split {moe.split}, but the shared experts were trained alone; W2 is fitted, and units are"
+            " chosen, for all experts together: kd.joint must be true"
         )
     layers = layers or Layers(scores, moe, seed, tokens)
     for name, _, layer in _layers(teacher, layers, moe):
@@ -190,7 +191,7 @@ def moe_recipe(
             recipe.add(f"{name}.{piece.name}", [like, *(Ref("teacher", read) for read in piece.reads)], piece.make)
     recipe.keep("student")
     for name, shape in recipe.shapes.items():
-        if name not in recipe.made:  # a router
+        if name not in recipe.made:  # a router that is drawn
             recipe.add(
                 name, [_first_parameter(shared_student)], partial(_drawn, shape, moe.router_init_std, seed, name)
             )

@@ -117,25 +117,30 @@ class Fitted:
         self._reads = (ffn.w1, ffn.b1, ffn.w2)
 
     def shared(self) -> Iterator[Piece]:
-        """The shared expert's tensors but its output bias."""
-        yield Piece("shared.proj_in.weight", self._reads, lambda w1, b1, w2: w1[self._fit(w1, b1, w2).split.shared])
-        yield Piece("shared.proj_in.bias", self._reads, lambda w1, b1, w2: b1[self._fit(w1, b1, w2).split.shared])
-        yield Piece("shared.proj_out.weight", self._reads, lambda w1, b1, w2: self._fit(w1, b1, w2).shared_DS.to(w2))
+        """The shared expert's tensors but its output bias. Each reads its own of the FFN's tensors first, whose precision it has."""
+        ffn = self._ffn
+        for name, own, make in (
+            ("proj_in.weight", ffn.w1, lambda found, w1, b1: w1[found.split.shared]),
+            ("proj_in.bias", ffn.b1, lambda found, w1, b1: b1[found.split.shared]),
+            ("proj_out.weight", ffn.w2, lambda found, w1, b1: found.shared_DS),
+        ):
+            yield Piece(f"shared.{name}", (own, *self._reads), partial(self._made, make))
 
     def experts(self) -> Iterator[Piece]:
         """The normal experts' tensors, and the router's where it is fitted."""
-        units = lambda w1, b1, w2: self._fit(w1, b1, w2).split.experts_EF  # noqa: E731 - as short as what it serves
-        yield Piece("w1_EFD", self._reads, lambda like, w1, b1, w2: w1[units(w1, b1, w2)].to(like))
-        yield Piece("b1_EF", self._reads, lambda like, w1, b1, w2: b1[units(w1, b1, w2)].to(like))
-        yield Piece("w2_EDF", self._reads, lambda like, w1, b1, w2: self._fit(w1, b1, w2).experts_EDF.to(like))
+        yield Piece("w1_EFD", self._reads, partial(self._made, lambda found, w1, b1: w1[found.split.experts_EF]))
+        yield Piece("b1_EF", self._reads, partial(self._made, lambda found, w1, b1: b1[found.split.experts_EF]))
+        yield Piece("w2_EDF", self._reads, partial(self._made, lambda found, w1, b1: found.experts_EDF))
         if self._moe.router_init == "norms":
-            yield Piece("router.weight", self._reads, lambda like, w1, b1, w2: self._fit(w1, b1, w2).router_ED.to(like))
+            yield Piece("router.weight", self._reads, partial(self._made, lambda found, w1, b1: found.router_ED))
 
-    def _fit(self, w1_FD: Tensor, b1_F: Tensor, w2: Tensor) -> LayerFit:
+    def _made(self, make: Callable[..., Tensor], like: Tensor, w1_FD: Tensor, b1_F: Tensor, w2: Tensor) -> Tensor:
         if self._ffn not in self._kept:
             self._kept.clear()
-            self._kept[self._ffn] = self._make((w1_FD, b1_F, w2[:, self._ffn.first :]))
-        return self._kept[self._ffn]
+            found = self._make((w1_FD, b1_F, w2[:, self._ffn.first :]))
+            split = Split(*(part.to(w1_FD.device) for part in found.split))
+            self._kept[self._ffn] = found._replace(split=split)
+        return make(self._kept[self._ffn], w1_FD, b1_F).to(like)
 
 
 class Layers:
@@ -161,20 +166,20 @@ class Layers:
             split = split_segments(name, hidden_width, width, self._scores, moe, self._seed)
             return Ranked(ffn, split, self._work)
         order_F = ranks(name, hidden_width, width, self._scores, moe, self._seed)
-        fit.check_tokens(name, self._tokens, width)
+        fit.require_tokens(name, self._tokens)
         return Fitted(ffn, moe, self._kept, partial(self._fit, name, order_F))
 
-    def router(self, name: str, shape: torch.Size) -> Tensor:
-        """The router of the FFN `name` where it is drawn: a function of (seed, layer)."""
-        return drawn(shape, self._moe.router_init_std, self._seed, f"{name}.router.weight")
-
     def _fit(self, name: str, order_F: Tensor, ffn: tuple[Tensor, Tensor, Tensor]) -> LayerFit:
-        width = ffn[0].shape[1]
-        tokens_ND = fit.check_tokens(name, self._tokens, width)
-        router_ED = self.router(name, torch.Size((self._moe.num_experts, width)))
-        return fit.fit_layer(
-            tokens_ND, ffn, order_F, router_ED, self._moe, generator(self._seed, "deal", name), self._alone
-        )
+        moe, width = self._moe, ffn[0].shape[1]
+        tokens_ND = fit.tokens_of(name, self._tokens, width)
+        router_ED = drawn_router(name, torch.Size((moe.num_experts, width)), moe, self._seed)
+        made = generator(self._seed, "deal", name)
+        return fit.fit_layer(tokens_ND, ffn, order_F, router_ED, moe, made, self._alone)
+
+
+def drawn_router(name: str, shape: torch.Size, moe: MoEConfig, seed: int) -> Tensor:
+    """The router of the FFN `name` where it is drawn: a function of (seed, layer)."""
+    return drawn(shape, moe.router_init_std, seed, f"{name}.router.weight")
 
 
 def drawn(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:

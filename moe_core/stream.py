@@ -3,7 +3,7 @@
 - Sources are one file or shards with an index, never mapped or held as a whole; what is in memory is about a block (0.7 GB for FLUX.1 in bf16),
   `AHEAD_BYTES` that were read ahead, as many that wait to be written, and the work of a fit, an AdaLN layer, an FFN. Memory is used again for
   tensors of the same size and kept until the end: for FLUX.1 in bf16, less than 3 GB in all.
-  A fit on tokens (`moe.needs_tokens`) has an FFN's activations and products in fp64 besides: about 8 GB for FLUX.1's with 8,192 tokens.
+  A fit on tokens (`moe.needs_tokens`) has an FFN's activations and products in fp64 besides: by arithmetic, 7 GB for FLUX.1's with 8,192 tokens.
 - The same bits as `moe_core.convert` makes in memory of the same weights, and the precision of the source, tensor by tensor.
 - A folder appears whole or not at all: it is written beside its place (`.<name>.partial`), flushed, then renamed. What a killed conversion
   left is removed by the next one into the same place.

@@ -44,7 +44,7 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str, na
     chosen = config.baselines[name]
 
     def student(out: Path) -> None:
-        start, found = place / "data" / chosen.init, load(place / IMPORTANCE)
+        start, found = place / "data" / chosen.init, load(place / IMPORTANCE, device)
         # The teacher is a pipeline.
         first = start / "transformer" if (start / "transformer").is_dir() else start
         if chosen.method == "diff_pruning":

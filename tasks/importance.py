@@ -56,10 +56,8 @@ def work(device: torch.device, threads: int, root: Path, params: dict[str, Any],
     pipeline = sampling.load_pipeline(root / TEACHER, None, device, sampling.DTYPES[precision], without=("vae",))
     data = LatentDataset(root / SHARDS, "calibration")
     seed, size = noise.derive_seed(config.seed, "importance"), config.kd.importance_batch_size
-    tokens, token_seed = (
-        math.ceil(config.kd.calibration_tokens / len(data)),
-        noise.derive_seed(config.seed, "calibration-tokens"),
-    )
+    tokens = math.ceil(config.kd.calibration_tokens / len(data))
+    token_seed = noise.derive_seed(config.seed, "calibration-tokens")
     for number, positions in enumerate(data.cuts(size)):
         target = units / f"{number:06d}"
         if number % worker.size != worker.rank or target.exists():

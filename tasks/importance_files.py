@@ -42,16 +42,19 @@ class Importance:
 
 
 class Tokens(Mapping[str, Tensor]):
-    """FFN name -> tokens [N, D], each read when it is asked for."""
+    """FFN name -> tokens [N, D] on `device`, each read when it is asked for. Conversions are fitted where they lie."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._folder / f"{name}.safetensors"
         if not path.is_file():
             raise KeyError(name)
-        return load_file(path)["inputs"]
+        return load_file(path, str(self._device))["inputs"]
+
+    def __contains__(self, name: object) -> bool:
+        return (self._folder / f"{name}.safetensors").is_file()
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(path.stem for path in self._folder.glob("*.safetensors")))
@@ -81,15 +84,19 @@ def save_tokens(folder: Path, units: Sequence[Path]) -> None:
             )
 
 
-def load(folder: Path) -> Importance:
-    """Reads what `save` wrote; raises CheckpointError for a missing file."""
+def load(folder: Path, device: torch.device | None = None) -> Importance:
+    """Reads what `save` and `save_tokens` wrote; `device`: of the tokens; raises CheckpointError for a missing file."""
     for name in (SCORES, CONDITIONING, CHANGE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; stage importance writes it")
     change = json.loads((folder / CHANGE).read_text())
     means, errors = (dict(zip(change["blocks"], change[kind], strict=True)) for kind in ("relative", "mse"))
     return Importance(
-        load_file(folder / SCORES), load_file(folder / CONDITIONING)["vectors"], means, errors, Tokens(folder / TOKENS)
+        load_file(folder / SCORES),
+        load_file(folder / CONDITIONING)["vectors"],
+        means,
+        errors,
+        Tokens(folder / TOKENS, device or torch.device("cpu")),
     )
 
 

@@ -1,4 +1,7 @@
-"""Stage `moe_kd`: routers and normal experts join the distilled shared experts, and are distilled with load balancing (level L)."""
+"""Stage `moe_kd`: level L, distilled with load balancing where its weight is not 0.
+
+Routers and normal experts join the distilled shared experts; with `kd.joint` all of them come from the teacher at once.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str) ->
     config, place = parse(Params, params), Path(root)
 
     def student(out: Path) -> None:
-        found, teacher = load(place / IMPORTANCE), place / TEACHER / "transformer"
+        found, teacher = load(place / IMPORTANCE, device), place / TEACHER / "transformer"
         # The same seed as in shared_expert_kd: a random split must be the same in both.
         seed = noise.derive_seed(config.seed, "conversion")
         if config.kd.joint:

@@ -180,14 +180,20 @@ class Costs:
         text_flops, text_memory = self._text(self.given)
         flops = samples * (cost.flops / min(size, samples) + text_flops)
         memory = {**cost.most.by_kind, "text encoders": text_memory}
-        ffns = 2 * int(self.teacher.transformer["num_layers"]) + int(self.teacher.transformer["num_single_layers"])
-        width = int(self.teacher.transformer["num_attention_heads"]) * int(
-            self.teacher.transformer["attention_head_dim"]
-        )
-        tokens = ffns * self.params.kd.calibration_tokens * width * self.given.itemsize
+        # Units of work keep a copy until the stage ends.
+        disk = self._kept_tokens(samples)
         return StageCost(
-            "importance", f"{samples} samples, {size} at once", flops, memory, tokens, gpus=self._gpus("importance")
+            "importance", f"{samples} samples, {size} at once", flops, memory, disk, disk, gpus=self._gpus("importance")
         )
+
+    def _kept_tokens(self, samples: int) -> float:
+        """Bytes of the FFNs' inputs that stage importance keeps."""
+        each = math.ceil(self.params.kd.calibration_tokens / samples)
+        double, single = (int(self.teacher.transformer[key]) for key in structure.COUNTS.values())
+        tokens = double * (min(each, self.image_tokens) + min(each, self.text_tokens))
+        tokens += single * min(each, self.image_tokens + self.text_tokens)
+        heads, size = (int(self.teacher.transformer[name]) for name in ("num_attention_heads", "attention_head_dim"))
+        return samples * tokens * heads * size * self.given.itemsize
 
     def distillation(self, name: str, stage: KDStageConfig, config: Mapping[str, Any]) -> StageCost:
         """Teacher and student, every step and validation."""

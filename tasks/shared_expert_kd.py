@@ -43,7 +43,7 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str) ->
     config, place = parse(Params, params), Path(root)
 
     def student(out: Path) -> None:
-        dense, found, moe = place / TEACHER / "transformer", load(place / IMPORTANCE), config.moe
+        dense, found, moe = place / TEACHER / "transformer", load(place / IMPORTANCE, device), config.moe
         seed = noise.derive_seed(config.seed, "conversion")
         if moe.conditioning_dim is not None:
             errors = stream.start_errors(dense, found.conditioning, moe, seed)

@@ -35,11 +35,13 @@ def check_widths(moe: MoEConfig, width: int) -> None:
 
 
 def check_fit(moe: MoEConfig, joint: bool) -> None:
-    """W2 is fitted for all experts together, so none of them may have been trained before."""
-    if moe.refit and not joint:
-        raise ValueError(
-            "moe.refit is true, but kd.joint false; it fits shared and normal experts together, so it must be true"
-        )
+    """W2 is fitted, and units are chosen, for all experts together, so none of them may have been trained before."""
+    if joint or not (moe.refit or moe.split == "greedy"):
+        return
+    what = "moe.refit is true" if moe.refit else "moe.split is greedy"
+    raise ValueError(
+        f"{what}, but kd.joint false; all experts are fitted together, so kd.joint must be true (moe=1s12e2a is a recipe in two steps)"
+    )
 
 
 def check_baselines(

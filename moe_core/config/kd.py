@@ -45,6 +45,10 @@ class KDConfig(Section):
         gt=0,
         description="about how many tokens of each FFN stage importance keeps, for conversions that are fitted to them",
     )
+    joint_steps: int = Field(
+        gt=0,
+        description="steps of shared_expert and moe together: moe=plus, which trains at once, gives them to kd.moe",
+    )
     joint: bool = Field(
         False, description="moe_kd starts from the teacher instead of the trained shared experts (Table 5)"
     )

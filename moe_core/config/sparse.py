@@ -43,7 +43,9 @@ class MoEConfig(Section):
         None, gt=0, description="width of the compressed AdaLN conditioning; null: not compressed"
     )
     ridge: float = Field(
-        1e-3, gt=0, description="ridge of the regressions (AdaLN, refit, router), relative to the inputs' mean variance"
+        1e-3,
+        gt=0,
+        description="ridge of the regressions, relative to the inputs' mean variance (AdaLN) or mean square (refit, router)",
     )
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_without_refit_all_experts_at_gate_1_equal_the_dense_model(choice: dict[
 
 def test_two_steps_find_the_cut_that_one_finds():
     teacher = make_teacher()
-    moe = make_moe(split="greedy", deal="coactivation", router_init="norms")
+    moe = make_moe(deal="coactivation", router_init="norms")
     given = (make_scores(teacher), moe)
     found = teacher_tokens(teacher)
     joint = convert.to_moe_joint(teacher, *given, tokens=found).state_dict()
@@ -218,21 +219,77 @@ def test_what_is_missing_is_named():
     teacher = make_teacher()
     moe = make_moe(**FITTED)
     first = "transformer_blocks.1.ff"
-    with pytest.raises(ConfigError, match=rf"there are no tokens of {first}; .* kd.calibration_tokens"):
+    with pytest.raises(ConfigError, match=rf"there are no tokens of {first}; .* run stage importance again"):
         convert.to_moe_joint(teacher, make_scores(teacher), moe)
     found = teacher_tokens(teacher)
-    with pytest.raises(
-        ConfigError, match=rf"tokens of {first} must be finite and \[N, 32\]; their shape is \[300, 31\]"
-    ):
+    rule = rf"tokens of {first} must be finite and \[N, 32\], N at least 1; their shape is"
+    with pytest.raises(ConfigError, match=rule + r" \[300, 31\]"):
         convert.to_moe_joint(teacher, make_scores(teacher), moe, tokens={**found, first: found[first][:, 1:]})
+    with pytest.raises(ConfigError, match=rule + r" \[0, 32\]"):
+        convert.to_moe_joint(teacher, make_scores(teacher), moe, tokens={**found, first: found[first][:0]})
     found[first][7, 3] = float("nan")
-    with pytest.raises(ConfigError, match=rf"tokens of {first} must be finite"):
+    with pytest.raises(ConfigError, match=rule):
         convert.to_moe_joint(teacher, make_scores(teacher), moe, tokens=found)
 
 
-def test_refit_needs_all_experts_at_once():
+@pytest.mark.parametrize(
+    ("choice", "named"), [({"refit": True}, "moe.refit is true"), ({"split": "greedy"}, "moe.split greedy")]
+)
+def test_what_is_fitted_together_cannot_be_made_in_two_steps(choice: dict[str, object], named: str):
     teacher = make_teacher()
-    found, scores = teacher_tokens(teacher), make_scores(teacher)
-    shared = convert.to_shared(teacher, scores, make_moe(**FITTED), tokens=found)
-    with pytest.raises(ConfigError, match=r"moe\.refit is true, but the shared experts were trained alone"):
-        convert.to_moe(shared, teacher, scores, make_moe(**FITTED), tokens=found)
+    found, scores, moe = teacher_tokens(teacher), make_scores(teacher), make_moe(**choice)
+    shared = convert.to_shared(teacher, scores, moe, tokens=found)
+    with pytest.raises(ConfigError, match=rf"{re.escape(named)}.*kd.joint must be true"):
+        convert.to_moe(shared, teacher, scores, moe, tokens=found)
+
+
+def test_an_expert_that_no_token_chose_keeps_its_own_weights():
+    moe = small_moe(**FITTED)
+    one = tokens(1, 1)
+    found = fitted(moe, x=one)
+    _, _, w2 = ffn()
+    logits_E = (one @ found.router_ED.T)[0]
+    idle = logits_E.argsort()[: moe.num_experts - moe.top_k]
+    for expert in idle.tolist():
+        own = w2[:, found.split.experts_EF[expert]]
+        torch.testing.assert_close(found.experts_EDF[expert], own, rtol=1e-9, atol=1e-12)
+    busy = int(logits_E.argmax())
+    assert (found.experts_EDF[busy] - w2[:, found.split.experts_EF[busy]]).abs().max() > 1e-4
+
+
+def test_selection_in_rounds_explains_nearly_as_much(monkeypatch: pytest.MonkeyPatch):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(300, 20, generator=g, dtype=torch.float64) @ torch.randn(20, 60, generator=g, dtype=torch.float64)
+    h = h + 0.3 * torch.randn(300, 60, generator=g, dtype=torch.float64)
+    y = h @ torch.randn(60, 8, generator=g, dtype=torch.float64)
+
+    def left(chosen: Tensor) -> float:
+        span = h[:, chosen]
+        return ((y - span @ torch.linalg.lstsq(span, y).solution).square().sum() / y.square().sum()).item()
+
+    one_by_one = fit.select(h.T @ h, h.T @ y, 24)
+    monkeypatch.setattr(fit, "ROUNDS", 4)
+    in_rounds = fit.select(h.T @ h, h.T @ y, 24)
+    assert len(set(in_rounds.tolist())) == 24
+    assert not torch.equal(one_by_one, in_rounds)
+    assert left(in_rounds) < 1.5 * left(one_by_one)
+    assert left(in_rounds) < 0.6 * left(torch.arange(24))
+
+
+def test_units_that_nothing_tells_apart_go_by_importance():
+    """Two tokens have a span of two units; the others are taken in the order of importance."""
+    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(4))
+    moe, router = small_moe(split="greedy"), torch.zeros(6, D)
+    found = fit.fit_layer(tokens(1, 2), ffn(), order, router, moe, experts.generator(0, "deal"), alone=True)
+    assert len(set(found.split.shared.tolist()) & set(order[:8].tolist())) >= 6
+
+
+@pytest.mark.gpu
+def test_a_fit_is_computed_where_the_tokens_lie():
+    teacher = make_teacher()
+    moe, scores, found = make_moe(**FITTED), make_scores(teacher), teacher_tokens(teacher)
+    expected = convert.to_moe_joint(teacher, scores, moe, tokens=found).state_dict()
+    on_gpu = {name: value.cuda() for name, value in found.items()}
+    for name, value in convert.to_moe_joint(teacher, scores, moe, tokens=on_gpu).state_dict().items():
+        assert value.device.type == "cpu"
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)

@@ -115,6 +115,22 @@ def test_a_fit_to_tokens_has_the_bits_of_memory_too(tmp_path: Path, dtype: torch
     assert_is(tmp_path / "shared", convert.to_shared(teacher, scores, moe, None, 3, tokens))
 
 
+def test_a_fit_keeps_the_precision_of_each_matrix(tmp_path: Path):
+    teacher = make_teacher().to(torch.bfloat16)
+    for block in teacher.transformer_blocks:
+        block.ff.net[2].float()
+    scores = make_scores(teacher)
+    generator = torch.Generator().manual_seed(0)
+    tokens = {name: torch.randn(200, teacher.inner_dim, generator=generator) for name in scores}
+    moe = make_moe(split="greedy", deal="coactivation", router_init="norms", refit=True)
+    dense = saved(teacher, tmp_path / "dense")
+    stream.to_moe_joint(dense, tmp_path / "L", scores, moe, tokens=tokens, max_shard_bytes=SMALL)
+    found, expected = weights(tmp_path / "L"), convert.to_moe_joint(teacher, scores, moe, tokens=tokens).state_dict()
+    assert found["transformer_blocks.1.ff.shared.proj_out.weight"].dtype == torch.float32
+    assert found["transformer_blocks.1.ff.shared.proj_in.weight"].dtype == torch.bfloat16
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in expected.items())
+
+
 def test_shards_are_diffusers_own(tmp_path: Path):
     """Which tensor goes to which file, and the index, are what `save_pretrained` makes of the same model."""
     teacher = make_teacher()
@@ -145,7 +161,7 @@ def test_layers_of_a_model_may_differ_in_precision(tmp_path: Path):
         block.norm1.linear.float()
     scores, moe, bank = make_scores(teacher), make_moe(conditioning_dim=8), conditioning_bank(make_teacher())
     dense = saved(teacher, tmp_path / "dense")
-    stream.to_shared(dense, tmp_path / "shared", scores, moe, bank, 0, SMALL)
+    stream.to_shared(dense, tmp_path / "shared", scores, moe, bank, max_shard_bytes=SMALL)
     found, expected = weights(tmp_path / "shared"), convert.to_shared(teacher, scores, moe, bank).state_dict()
     assert found["transformer_blocks.1.norm1.linear.weight"].dtype == torch.float32
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in expected.items())

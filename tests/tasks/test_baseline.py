@@ -21,7 +21,7 @@ from tests.tasks.test_plan import CPU, SAMPLES, checkout, params
 @pytest.fixture(scope="module")
 def small() -> Params:
     """The preset's models with few samples and two steps."""
-    names = ("pruned_1_5", "pruned_2", "lite_m", "lite_s", "bk_m", "bk_s")
+    names = ("pruned_1_5", "pruned_1_5_fitted", "pruned_2", "lite_m", "lite_s", "bk_m", "bk_s")
     few = {"batch_size": 4, "steps": 2, "warmup_steps": 0}
     return params(
         "baselines=demo",
@@ -107,10 +107,12 @@ def test_the_plan_counts_what_is_made(made: dict[str, FluxMoETransformer2DModel]
 
 
 def test_presets_fit_their_models() -> None:
-    scenes = params("experiment=scenes", "baselines=scenes")
-    assert scenes.baselines["pruned_1_5"].kd.optimizer.steps == sum(
-        stage.optimizer.steps for stage in (scenes.kd.shared_expert, scenes.kd.moe)
-    )
+    for experiment in ("demo", "scenes"):
+        small = params(f"experiment={experiment}", f"baselines={experiment}")
+        assert small.kd.joint
+        for name in ("pruned_1_5", "pruned_1_5_fitted", "pruned_2"):
+            assert small.baselines[name].kd.optimizer == small.kd.moe.optimizer
+            assert small.baselines[name].kd.train == small.kd.moe.train
     flux = params("experiment=flux1-moe-s", "baselines=flux1", "data.path=/tars", "compute=h100x8")
     assert flux.baselines["pruned_1_5"].kd.optimizer.steps == sum(
         stage.optimizer.steps for stage in (flux.kd.shared_expert, flux.kd.moe)

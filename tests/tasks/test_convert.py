@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
 
 from moe_core import convert, noise
 from moe_core.transformer import FluxMoETransformer2DModel
@@ -30,6 +31,10 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FluxTransformer2
     rows = [{"key": "a", "sigma": 0.5, "relative": [float(i) for i in range(11)], "mse": [1.0] * 11}] * 8
     Path("importance").mkdir()
     importance_files.save(Path("importance"), make_scores(teacher), conditioning_bank(teacher), blocks, rows)
+    generator = torch.Generator().manual_seed(0)
+    tokens = {name: torch.randn(200, teacher.inner_dim, generator=generator) for name in make_scores(teacher)}
+    save_file(tokens, "unit.safetensors")
+    importance_files.save_tokens(Path("importance"), [Path("unit.safetensors")])
     Path("params.yaml").write_text(compose(ROOT, OVERRIDES))
     return teacher
 
@@ -42,8 +47,9 @@ def same(folder: str, model: FluxMoETransformer2DModel) -> bool:
 def test_from_the_dense_folder_to_a_level(teacher: FluxTransformer2DModel):
     params, found = read_params(Path.cwd()), importance_files.load(Path("importance"))
     seed = noise.derive_seed(params.seed, "conversion")
+    assert params.moe.needs_tokens
     assert main(["L", "dense", "out/L", "--importance", "importance"]) == 0
-    moe = convert.to_moe_joint(teacher, found.scores, params.moe, found.conditioning, seed)
+    moe = convert.to_moe_joint(teacher, found.scores, params.moe, found.conditioning, seed, found.tokens)
     assert same("out/L", moe)
     assert main(["M", "out/L", "out/M", "--importance", "importance"]) == 0
     assert same("out/M", convert.to_mob(moe, params.mob.levels["M"], params.mob, found.block_change, seed))
@@ -52,7 +58,9 @@ def test_from_the_dense_folder_to_a_level(teacher: FluxTransformer2DModel):
 def test_a_random_split_needs_no_importance(teacher: FluxTransformer2DModel, capsys: pytest.CaptureFixture[str]):
     assert main(["shared", "dense", "shared"]) == 2
     assert "importance scores lack transformer_blocks.1.ff" in capsys.readouterr().err
-    Path("params.yaml").write_text(compose(ROOT, [*OVERRIDES, "moe.split=random", "moe.conditioning_dim=null"]))
+    Path("params.yaml").write_text(
+        compose(ROOT, [*OVERRIDES, "moe=1s12e2a", "moe.split=random", "moe.conditioning_dim=null"])
+    )
     params = read_params(Path.cwd())
     assert main(["shared", "dense", "shared"]) == 0
     seed = noise.derive_seed(params.seed, "conversion")
