@@ -167,6 +167,12 @@ def doubles(**groups: int) -> dict[str, Any]:
             "method is diff_pruning, but double_blocks is 3; it drops no blocks",
         ),
         (baseline({**cut(1.5), "method": "lite"}), "method is lite, which cuts nothing in a block: ratio"),
+        (
+            baseline({**shallow(double_blocks=3), "fitted": True}),
+            "method is lite, which cuts nothing in a block: ratio",
+        ),
+        ({"kd.joint": False}, r"moe.refit is true, but kd.joint false; .* \(moe=1s12e2a is a recipe in two steps\)"),
+        ({"kd.joint": False, "moe.refit": False}, "moe.split is greedy, but kd.joint false"),
         (baseline(shallow()), "method is lite, but neither double_blocks nor single_blocks is given"),
         (baseline(shallow(single_blocks=13)), "baselines.cut.single_blocks is 13; the model it starts from has 12"),
         (

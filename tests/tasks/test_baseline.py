@@ -119,3 +119,15 @@ def test_presets_fit_their_models() -> None:
     )
     configs = Costs(flux, describe(flux.model)).configs
     assert (configs["lite_9_26"]["num_layers"], configs["lite_9_26"]["num_single_layers"]) == (9, 26)
+
+
+@pytest.mark.parametrize("experiment", ["demo", "scenes", "flux1-moe-l", "hyperflux-moe-xs"])
+def test_both_recipes_have_the_same_steps(experiment: str) -> None:
+    choices = [f"experiment={experiment}", *(["data.path=/tars"] if "flux" in experiment else [])]
+    plus, paper = (params(*choices, f"moe={moe}") for moe in ("plus", "1s12e2a"))
+    assert plus.kd.joint
+    assert not paper.kd.joint
+    staged = paper.kd.shared_expert.optimizer.steps + paper.kd.moe.optimizer.steps
+    assert plus.kd.moe.optimizer.steps == plus.kd.joint_steps == staged
+    for key in ("shared_ratio", "normal_ratio", "num_experts", "top_k", "dense_double_blocks", "conditioning_dim"):
+        assert getattr(plus.moe, key) == getattr(paper.moe, key)

@@ -221,7 +221,7 @@ def test_planned_memory_is_near_what_sharded_weights_really_take(tmp_path: Path)
     values = params(
         *(f"model.transformer.{key}" for key in wide),
         *(f"kd.{stage}.optimizer.{key}" for stage in ("moe", "mob") for key in batches),
-        *("kd.joint=true", "kd.moe.optimizer.precision=bf16", "kd.moe.gradient_checkpointing=true"),
+        *("moe=1s12e2a", "kd.joint=true", "kd.moe.optimizer.precision=bf16", "kd.moe.gradient_checkpointing=true"),
         *("kd.moe.optimizer.optimizer=adamw", "kd.mob.optimizer.optimizer=adamw", "mob.levels.M.init=teacher"),
         *(f"{key}=4" for key in ("data.shard.validation_samples", "data.shard.calibration_samples")),
         *("kd.validation_samples=2", "kd.importance_batch_size=4"),
