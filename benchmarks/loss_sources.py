@@ -35,6 +35,8 @@ from tasks.project import read_params
 RESULTS = Path("benchmarks/results/loss_sources.json")
 WORK = Path(".resume/loss_sources")
 CPU = torch.device("cpu")
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles for 1 to 9 degrees of freedom."""
 
 PAPER = {
     "split": "taylor", "deal": "round_robin", "router_init": "normal", "refit": False, "gate_norm": "renormalize",
@@ -208,7 +210,12 @@ def train(root: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
     records = [json.loads(line) for line in (place / "train" / METRICS).read_text().splitlines()]
     result = {
         "row": name, "steps": steps, "seed": seed,
-        "losses": {record["step"]: record["distill"] for record in records if record["split"] == "validation"},
+        # Of a staged run, what follows its shared experts.
+        "losses": {
+            str(record["step"] + steps // 2 * row.staged): record["distill"]
+            for record in records
+            if record["split"] == "validation"
+        },
         "seconds_a_step": statistics.median(record["seconds"] for record in records if record["split"] == "train"),
     }  # fmt: skip
     if row.cut is None:
@@ -283,13 +290,26 @@ def gather(root: Path) -> None:
         )
         for row in (name for name in ROWS if any(key[:2] == (name, steps) for key in runs)):
             own = [run for key, run in runs.items() if key[:2] == (row, steps)]
-            points = [
-                [run["losses"][step] for run in own]
-                for step in ("0", str(max(1, steps // 10)), str(steps // 2), str(steps))
-            ]
+            at = ("0", str(max(1, steps // 10)), str(steps // 2), str(steps))
+            points = [[run["losses"][step] for run in own if step in run["losses"]] for step in at]
             bounds = [[run["routing"][kind] for run in own if "routing" in run] for kind in ("random", "largest")]
             cells = [f"{statistics.mean(values):.4f}" if values else "" for values in (*points, *bounds)]
             print(f"| {row} | {len(own)} | {' | '.join(cells)} |")
+        _ratios(runs, steps)
+
+
+def _ratios(runs: dict[tuple[str, int, int], dict[str, Any]], steps: int) -> None:
+    """Prints the loss of `plus` over that of `pruned_1_5`, paired by seed, with its 95 % interval."""
+    both = [seed for row, own, seed in runs if (row, own) == ("plus", steps) and ("pruned_1_5", steps, seed) in runs]
+    if len(both) < 2 or len(both) - 2 >= len(STUDENT_T):
+        return
+    print("\nplus over pruned_1_5, paired by seed:")
+    for step in runs["plus", steps, both[0]]["losses"]:
+        ratios = [
+            runs["plus", steps, seed]["losses"][step] / runs["pruned_1_5", steps, seed]["losses"][step] for seed in both
+        ]
+        half = STUDENT_T[len(both) - 2] * statistics.stdev(ratios) / len(both) ** 0.5
+        print(f"step {step}: {statistics.mean(ratios):.3f} +- {half:.3f} ({len(both)} seeds)")
 
 
 def _write(results: dict[str, Any]) -> None:
