@@ -19,7 +19,7 @@ def test_tokens_of_units_are_joined_in_order(tmp_path: Path):
     for path, unit in zip(paths, units, strict=True):
         save_file(unit, path)
     importance_files.save_tokens(tmp_path, paths)
-    tokens = Tokens(tmp_path / importance_files.TOKENS)
+    tokens = Tokens(tmp_path / importance_files.TOKENS, torch.device("cpu"))
     assert list(tokens) == ["a.ff", "b.moe"]
     assert len(tokens) == 2
     for name in tokens:
