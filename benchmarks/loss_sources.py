@@ -277,8 +277,12 @@ def _run(place: Path, params: Params, phase: str, build: str, stage: KDStageConf
 def gather(root: Path) -> None:
     """Joins what is finished into the results, and prints it."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    runs = {(run["row"], run["steps"], run["seed"]): run for run in results.get("runs", [])}
-    for path in sorted((root / WORK / _identity(root, read_params(root))).glob("*/result.json")):
+    identity = _identity(root, read_params(root))
+    # Runs of another teacher or other parameters are no company for these.
+    earlier = results.get("runs", []) if results.get("identity") == identity else []
+    results["identity"] = identity
+    runs = {(run["row"], run["steps"], run["seed"]): run for run in earlier}
+    for path in sorted((root / WORK / identity).glob("*/result.json")):
         run = json.loads(path.read_text())
         runs[run["row"], run["steps"], run["seed"]] = run
     results["runs"] = [runs[key] for key in sorted(runs)]
