@@ -17,9 +17,12 @@ from moe_core.errors import ConfigError
 
 
 def least_change(change: Sequence[float], left: int) -> list[int]:
-    """Numbers of the blocks to drop for `left` to be left: those of least `change`; among equals the earlier. Lite."""
+    """Numbers of the blocks to drop for `left` to be left: those of least `change`; among equals the earlier. Lite.
+
+    The first always stays: of a gap before it, no block could learn what was dropped.
+    """
     _check(len(change), left)
-    order = sorted(range(len(change)), key=lambda number: (change[number], number))
+    order = sorted(range(1, len(change)), key=lambda number: (change[number], number))
     return sorted(order[: len(change) - left])
 
 

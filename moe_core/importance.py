@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_core import losses, noise
+from moe_core import losses
 from moe_core.capture import block_names
 from moe_core.distill import KDBatch, predict
 
@@ -138,6 +138,9 @@ class ImportanceAccumulator:
             inputs_BTD = args[0].detach()
             there = inputs_BTD.shape[1]
             count = min(self._tokens_per_sample, there)
+            # Imported here: `noise` brings pydantic, which a machine that only measures may lack (`make bench-gpu`).
+            from moe_core import noise
+
             # Every sample has a permutation of its tokens, of which the first count.
             chosen = [noise.sample_index(self._seed, range(n * there, n * there + count), there) for n in self._numbers]
             index_BT1 = torch.tensor(chosen, device=inputs_BTD.device).unsqueeze(-1)

@@ -31,7 +31,7 @@ def evaluate(name: str, folder: Path, stage: Stage) -> None:
     params, root = stage.params, stage.root
     dense = name == DENSE
     records = read_prompts(root / PROMPTS)
-    reference = None if dense else _pictures(root / IMAGES / DENSE, len(records))
+    reference = None if dense else read_pictures(root / IMAGES / DENSE, len(records))
     size = params.eval.batch_size
     cuts = [list(range(first, min(first + size, len(records)))) for first in range(0, len(records), size)]
     units = [Unit(cut, [records[i]["prompt"] for i in cut]) for cut in cuts]
@@ -62,7 +62,8 @@ def evaluate(name: str, folder: Path, stage: Stage) -> None:
     stage.run.image("pictures.png", _sheet(images[:SHEET]))
 
 
-def _pictures(folder: Path, count: int) -> NDArray[np.uint8]:
+def read_pictures(folder: Path, count: int) -> NDArray[np.uint8]:
+    """The pictures of an evaluation, uint8 [N, S, S, 3]; raises DataError unless there are `count`."""
     paths = sorted(folder.glob("*.png"))
     if len(paths) != count:
         raise DataError(

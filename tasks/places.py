@@ -18,6 +18,8 @@ STAGE_REPORTS = Path("reports/stages")
 CURVES = Path("reports/curves")
 EVALUATIONS = Path("data/evaluations")
 LATENCY = Path("reports/latency.json")
+STUDIES = Path("data/studies")
+STUDY_REPORTS = Path("reports/studies")
 
 DENSE = "teacher"
 """Name of the dense model among those that are evaluated."""

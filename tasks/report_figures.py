@@ -1,17 +1,13 @@
 """The report's plots, as SVG text that is the same for the same numbers.
 
-- Drawn on `Figure` objects without pyplot: no global state, no display.
-- Glyphs are paths of matplotlib's own font and ids are salted, so that a plot looks and reads the same on every machine.
 - Block names are the teacher's: D3 image is the image branch's FFN of double block 3, S7 the single block 7.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,44 +16,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontEntry, fontManager
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
+from tasks.plot_style import ACCENT, INK, MUTED, PARTS, SECOND, WIDTH, plain_log, styled, svg
 from tasks.report_inputs import BlockChange, Inputs
 from tasks.report_table import title
 
-INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
-ACCENT, SECOND = "#1f6f8b", "#d1603d"
-PARTS = (
-    *("#1f6f8b", "#78a9b8", "#d1603d", "#e8b04b", "#8a6fa8", "#93a35a"),
-    *("#4d5a66", "#c98ba3", "#5fae9a", "#a9713f", "#b3bcc6"),
-)
-FONT = "report"
-STYLE: dict[Any, Any] = {
-    "font.family": FONT,
-    "font.size": 9,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "dense2moe",
-}
-
 BALANCE = LinearSegmentedColormap.from_list("balance", [SECOND, "#f7f7f5", ACCENT])
-
-WIDTH = 10.5
-"""Inches; all figures are as wide as the page."""
 
 
 def draw(inputs: Inputs) -> dict[str, str]:
@@ -70,28 +35,9 @@ def draw(inputs: Inputs) -> dict[str, str]:
         "expert_use_by_timestep": expert_use_by_timestep,
         "block_use": block_use,
     }
-    # classic rc first: a user's matplotlibrc must not change the report
-    _register_font()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+    with styled():
         figures = {name: plot(inputs) for name, plot in plots.items()}
-        return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
-
-
-def _register_font() -> None:
-    """Makes FONT the DejaVu Sans that comes with matplotlib: a machine's own may be another version, with other glyphs."""
-    if any(entry.name == FONT for entry in fontManager.ttflist):
-        return
-    for file, weight in (("DejaVuSans.ttf", "normal"), ("DejaVuSans-Bold.ttf", "bold")):
-        path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / file
-        fontManager.ttflist.append(FontEntry(fname=str(path), name=FONT, weight=weight, size="scalable"))
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight", pad_inches=0.08)
-    return buffer.getvalue()
+        return {name: svg(figure) for name, figure in figures.items() if figure is not None}
 
 
 def size_and_accuracy(inputs: Inputs) -> Figure:
@@ -157,7 +103,7 @@ def loss_curves(inputs: Inputs) -> Figure:
         axis.set_yscale("log")
         axis.set_title(f"{stage}: {metric}")
         axis.set_xlabel("step")
-        _plain_log(axis)
+        plain_log(axis)
     for axis in axes[len(inputs.curves) :]:
         axis.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -193,7 +139,7 @@ def block_change(inputs: Inputs) -> Figure:
         axis.set_yscale("log")
         axis.set_title(heading)
         _block_ticks(axis, change.blocks)
-        _plain_log(axis)
+        plain_log(axis)
     left.set_ylabel("|out \N{MINUS SIGN} in|² / |in|²")
     right.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if groups:
@@ -355,12 +301,3 @@ def _block_ticks(axis: Axes, blocks: Sequence[str]) -> None:
 def _layer_ticks(axis: Axes, layers: Sequence[str]) -> None:
     step = max(1, math.ceil(len(layers) / 50))
     axis.set_yticks(np.arange(0, len(layers), step) + 0.5, [short(name) for name in layers[::step]], fontsize=7)
-
-
-def _plain_log(axis: Axes) -> None:
-    """Log axes over a decade or two have few or clumsy labels by default; name 1, 2 and 5 of each decade plainly."""
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_formatter(plain)
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axis.yaxis.set_minor_formatter(plain if high / low < 100 else NullFormatter())

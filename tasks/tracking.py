@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,25 @@ class StageRun:
         for key, value in metrics.items():
             self.client.log_metric(self.run_id, f"model/{key}", float(value), model_id=record.model_id)
         self.client.finalize_logged_model(record.model_id, LoggedModelStatus.READY)
+
+    def child(
+        self,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        curves: Mapping[str, Iterable[Sequence[float]]],
+    ) -> None:
+        """A finished run of its own below this one: a training of a study. `curves`: metric -> (step, value)."""
+        tags = {**tags, "mlflow.parentRunId": self.run_id}
+        run = self.client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+        _log_params(self.client, run, params)
+        now = _now()
+        found = [Metric(key, float(value), now, 0) for key, value in metrics.items()]
+        found += [Metric(key, float(value), now, int(step)) for key, points in curves.items() for step, value in points]
+        for first in range(0, len(found), BATCH):
+            self.client.log_batch(run, metrics=found[first : first + BATCH])
+        self.client.set_terminated(run, status="FINISHED")
 
     def end(self, status: str) -> None:
         """Closes the run: FINISHED, FAILED or KILLED. Wall time adds up over resumed attempts."""

@@ -30,12 +30,15 @@ from moe_core.config.model import (
 from moe_core.config.params import Params
 from moe_core.config.section import parse
 from moe_core.config.sparse import MoBConfig, MoBGroupsConfig, MoBLevelConfig, MoEConfig
+from moe_core.config.studies import ArmConfig, ClaimConfig, StudyConfig, arm_params
 from moe_core.config.training import OptimizerConfig, TimestepConfig
 
 __all__ = [
     "KINDS",
     "LATENT_PATCH",
+    "ArmConfig",
     "BaselineConfig",
+    "ClaimConfig",
     "ClassifierConfig",
     "ComputeConfig",
     "ComputingStage",
@@ -59,10 +62,12 @@ __all__ = [
     "Part",
     "ShardConfig",
     "StageCompute",
+    "StudyConfig",
     "TeacherTrainingConfig",
     "TextConfig",
     "TimestepConfig",
     "TransformerConfig",
     "VAEConfig",
+    "arm_params",
     "parse",
 ]

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moe_core.config.section import Section
 
 ComputingStage = Literal[
-    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "evaluate", "latency"
+    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "evaluate", "latency", "study_runs"
 ]
 """The stages that take from `compute`."""
 
@@ -34,6 +34,7 @@ class ComputeConfig(Section):
     text_encoders: Literal["resident", "sharded"] = Field(
         "resident", description="sharded: with sharding full, T5 too lies on all workers"
     )
+    runs_per_gpu: int = Field(1, gt=0, description="study_runs: trainings side by side on one GPU")
     gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU, for planning")
     tflops: float | None = Field(None, gt=0, description="TFLOPs a second that one GPU sustains, for planning")
     expert_backend: Literal["auto", "loop", "grouped_mm", "megablocks"] = "auto"

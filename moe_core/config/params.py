@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from moe_core.config.agreement import (
     check_baseline_starts,
@@ -22,6 +22,7 @@ from moe_core.config.kd import KDConfig
 from moe_core.config.model import ModelConfig
 from moe_core.config.section import Section
 from moe_core.config.sparse import MoBConfig, MoEConfig
+from moe_core.config.studies import StudyConfig, arm_params
 
 
 class Params(Section):
@@ -37,6 +38,7 @@ class Params(Section):
     models: dict[str, EvaluatedModel]
     kd: KDConfig
     eval: EvalConfig
+    studies: dict[str, StudyConfig]
     compute: ComputeConfig
 
     @model_validator(mode="after")
@@ -52,4 +54,21 @@ class Params(Section):
             width = shape.num_attention_heads * shape.attention_head_dim
             check_widths(self.moe, width)
             check_baselines(self.baselines, self.moe, width, shape.num_layers, shape.num_single_layers)
+        self._arms_are_whole()
         return self
+
+    def _arms_are_whole(self) -> None:
+        """What a study's arms change must come to parameters that hold."""
+        values = self.model_dump(mode="json") if self.studies else {}
+        for name, study in self.studies.items():
+            if not name.isidentifier():
+                raise ValueError(f"studies has '{name}'; a name must be of letters, digits and _ alone")
+            for arm in study.arms:
+                try:
+                    Params.model_validate(arm_params(values, study, arm, next(iter(study.budgets)), self.seed))
+                except ValidationError as error:
+                    fault = error.errors()[0]
+                    told = fault["msg"].removeprefix("Value error, ")
+                    if key := ".".join(str(part) for part in fault["loc"]):
+                        told = f"{key} is {fault['input']!r}: {told}"
+                    raise ValueError(f"studies.{name}.arms.{arm}: {told}") from None
