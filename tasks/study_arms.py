@@ -69,7 +69,8 @@ def runs(params: Params, study: StudyConfig, deps: Mapping[str, str]) -> list[Ru
     for budget in sorted(study.budgets, key=lambda name: study.budgets[name]):
         for seed in study.seeds:
             made: dict[str, Run] = {}
-            for name, arm in study.arms.items():
+            for name in study.order():
+                arm = study.arms[name]
                 own = parse(Params, arm_params(values, study, name, budget, seed), f"study, arm {name}")
                 start = made[arm.after] if arm.after else None
                 made[name] = Run(

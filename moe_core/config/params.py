@@ -70,5 +70,6 @@ class Params(Section):
                     fault = error.errors()[0]
                     told = fault["msg"].removeprefix("Value error, ")
                     if key := ".".join(str(part) for part in fault["loc"]):
-                        told = f"{key} is {fault['input']!r}: {told}"
+                        value = "" if fault["type"] == "value_error" else f" is {fault['input']!r}"
+                        told = f"{key}{value}: {told}"
                     raise ValueError(f"studies.{name}.arms.{arm}: {told}") from None

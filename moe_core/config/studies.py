@@ -101,20 +101,25 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> StudyConfig:
-        before: list[str] = []
         for name, arm in self.arms.items():
             if not name.isidentifier():
                 raise ValueError(f"arms has '{name}'; a name must be of letters, digits and _ alone")
-            if arm.after is not None:
-                if arm.after not in before:
-                    raise ValueError(
-                        f"arms.{name}.after is {arm.after}; it must be one of those before it: {', '.join(before) or 'none'}"
-                    )
-                if (start := self.arms[arm.after].stage) not in AFTER[arm.stage]:
-                    raise ValueError(
-                        f"arms.{name}.after is {arm.after}, of stage {start}; {arm.stage} can go on from {', '.join(AFTER[arm.stage]) or 'none'}"
-                    )
-            before.append(name)
+            if arm.after is None:
+                continue
+            others = [other for other in self.arms if other != name]
+            if arm.after not in others:
+                raise ValueError(f"arms.{name}.after is {arm.after}; it must be one of the others: {', '.join(others)}")
+            if (start := self.arms[arm.after].stage) not in AFTER[arm.stage]:
+                possible = ", ".join(AFTER[arm.stage]) or "none"
+                raise ValueError(
+                    f"arms.{name}.after is {arm.after}, of stage {start}; {arm.stage} can go on from {possible}"
+                )
+        for name in self.arms:
+            seen, here = [name], self.arms[name].after
+            while here is not None:
+                if here in seen:
+                    raise ValueError(f"arms.{name}.after leads in a circle: {', '.join([*seen, here])}")
+                seen, here = [*seen, here], self.arms[here].after
         for name, claim in self.claims.items():
             for key in ("better", "than"):
                 if (arm_name := getattr(claim, key)) not in self.arms:
@@ -127,6 +132,10 @@ class StudyConfig(Section):
         """An arm and those that it goes on from, the first one first."""
         after = self.arms[name].after
         return [*(self.line(after) if after else []), name]
+
+    def order(self) -> list[str]:
+        """All arms, each after those that it goes on from."""
+        return list(dict.fromkeys(one for name in self.arms for one in self.line(name)))
 
     def steps(self, name: str, budget: str) -> int:
         """Steps of an arm, those that it goes on from included."""
