@@ -371,3 +371,49 @@ def test_importance_goes_on_with_the_units_that_are_left(finished: Path) -> None
     assert (kept / "sums.safetensors").stat().st_mtime_ns == before
     assert process.wait(300) == 0
     assert hashes(finished / "data" / "importance") == expected
+
+
+STUDY = [
+    *FEW,
+    "studies=paper",
+    "studies.paper.budgets.short=2",
+    "~studies.paper.budgets.long",
+    "studies.paper.seeds=[0]",
+    "studies.paper.prompts=6",
+    "studies.paper.batch_size=8",
+    "model.num_inference_steps=2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_killed_in_its_middle_keeps_its_runs_and_comes_to_the_same(finished: Path) -> None:
+    params = (finished / "params.yaml").read_text()
+    (finished / "params.yaml").write_text(compose(ROOT, STUDY))
+    try:
+        process = start(finished, ["dvc", "repro", "evaluate@teacher", "evaluator"])
+        assert process.wait(600) == 0, (finished / "stage.log").read_text()[-3000:]
+        runs, out = finished / ".resume" / "study_runs", finished / "data" / "studies" / "paper"
+        process = start(finished, ["tasks.study_runs", "paper"])
+        wait_for(finished, process, lambda: len(list(runs.glob("*/result.json"))) >= 6, "sixth run")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_until_gone(finished, 30, but=AGENTS)
+        assert not out.exists()
+        kept = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+        assert start(finished, ["tasks.study_runs", "paper"]).wait(600) == 0, (finished / "stage.log").read_text()[
+            -3000:
+        ]
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+        resumed = hashes(out)
+        assert len(resumed) == 20
+        shutil.rmtree(runs)
+        shutil.rmtree(out)
+        assert start(finished, ["tasks.study_runs", "paper"]).wait(600) == 0, (finished / "stage.log").read_text()[
+            -3000:
+        ]
+        assert hashes(out) == resumed
+        assert start(finished, ["tasks.study", "paper"]).wait(120) == 0, (finished / "stage.log").read_text()[-3000:]
+        assert "| claim | source | short |" in (finished / "reports" / "studies" / "paper" / "study.md").read_text()
+    finally:
+        (finished / "params.yaml").write_text(params)

@@ -15,7 +15,7 @@ from matplotlib import font_manager
 
 from moe_core.config import BaselineConfig
 from moe_core.errors import DataError
-from tasks import report, report_figures, report_findings, report_table
+from tasks import plot_style, report, report_findings, report_table
 from tasks.report_gallery import chosen
 from tasks.report_inputs import load
 from tests.tasks import report_inputs_made as made
@@ -251,7 +251,7 @@ def test_gallery_repeats_no_prompt_while_there_are_others(root: Path) -> None:
 
 def test_plots_are_drawn_in_the_font_that_comes_with_matplotlib(root: Path) -> None:
     for weight in ("normal", "bold"):
-        found = font_manager.findfont(font_manager.FontProperties(family=report_figures.FONT, weight=weight))
+        found = font_manager.findfont(font_manager.FontProperties(family=plot_style.FONT, weight=weight))
         assert Path(found).is_relative_to(matplotlib.get_data_path())
 
 
