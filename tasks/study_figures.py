@@ -26,7 +26,9 @@ def curves(config: StudyConfig, runs: Mapping[tuple[str, str, int], dict[str, An
             arms = [
                 arm for claim in config.claims.values() if claim.source == source for arm in (claim.better, claim.than)
             ]
-            for number, arm in enumerate(dict.fromkeys(arms)):
+            # The curve of one that goes on from another has that one's.
+            within = {before for arm in arms for before in config.line(arm)[:-1]}
+            for number, arm in enumerate(arm for arm in dict.fromkeys(arms) if arm not in within):
                 steps, losses_SN = _whole_curve(config, runs, arm, budget)
                 colour = PARTS[number % len(PARTS)]
                 axis.plot(steps, losses_SN.mean(0), color=colour, lw=1.5, label=arm)
