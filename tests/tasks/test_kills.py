@@ -406,7 +406,7 @@ def test_a_study_killed_in_its_middle_keeps_its_runs_and_comes_to_the_same(finis
         ]
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
         resumed = hashes(out)
-        assert len(resumed) == 20
+        assert len(resumed) == 21
         shutil.rmtree(runs)
         shutil.rmtree(out)
         assert start(finished, ["tasks.study_runs", "paper"]).wait(600) == 0, (finished / "stage.log").read_text()[
