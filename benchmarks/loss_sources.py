@@ -2,6 +2,7 @@
 
     dvc exp run -S experiment=scenes importance          a teacher with its shards, scores and tokens
     python -m benchmarks.loss_sources layers             what each choice leaves of an FFN's output, and what the best routing would; a minute
+    python -m benchmarks.loss_sources shapes             the same of `plus` with other experts
     python -m benchmarks.loss_sources train --steps 300 --seeds 0 --rows plus pruned_1_5
     python -m benchmarks.loss_sources gather             benchmarks/results/loss_sources.json, and a table
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from benchmarks import routing_bounds
 from moe_core import convert, experts, fit, noise, sampling
 from moe_core.config import KDStageConfig, MoEConfig, Params, parse
+from moe_core.metrics import paired
 from tasks import importance_files, training
 from tasks.phase import METRICS, PRODUCT, Phase
 from tasks.places import IMPORTANCE, SHARDS, SHARED_EXPERT, TEACHER
@@ -35,9 +37,6 @@ from tasks.project import read_params
 RESULTS = Path("benchmarks/results/loss_sources.json")
 WORK = Path(".resume/loss_sources")
 CPU = torch.device("cpu")
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles for 1 to 9 degrees of freedom."""
-
 PAPER = {
     "split": "taylor", "deal": "round_robin", "router_init": "normal", "refit": False, "gate_norm": "renormalize",
     "shared_ratio": 1.0, "normal_ratio": 0.25, "num_experts": 12, "top_k": 2,
@@ -50,6 +49,11 @@ LADDER: dict[str, dict[str, Any]] = {
     "plus": {"split": "greedy"},
 }
 PLUS = PAPER | {key: value for step in LADDER.values() for key, value in step.items()}
+
+
+SHAPES = ((1.0, 12, 0.25, 2), (1.0, 24, 0.125, 4), (1.25, 11, 0.25, 1), (1.25, 22, 0.125, 2), (0.75, 13, 0.25, 3), (0.75, 26, 0.125, 6),
+          (0.5, 14, 0.25, 4), (0.5, 28, 0.125, 8), (0.25, 30, 0.125, 10))  # fmt: skip
+"""r_s, n, r_n, k."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _rows() -> dict[str, Row]:
         "plus_balance": Row(PLUS, joint | {"lambda_balance": 0.01}),
         "plus_no_features": Row(PLUS, joint | {"lambda_feature": 0.0}),
         "plus_ffns_only": Row(PLUS, joint | {"train": ["shared", "conditioning", "experts", "router"]}),
-        "plus_router_fixed": Row(PLUS, joint | {"train": ["shared", "conditioning", "experts", "gap_blocks", "rest"]}),
+        "plus_router_fixed": Row(PLUS, joint | {"train": ["shared", "conditioning", "experts", "rest"]}),
         "plus_half_rate": Row(PLUS, joint | {"optimizer": {"learning_rate": 5e-3}}),
         "plus_double_rate": Row(PLUS, joint | {"optimizer": {"learning_rate": 2e-2}}),
         "pruned_1_5": Row({}, joint, cut=1.5),
@@ -171,6 +175,36 @@ def _choices(
         "the last, shared and normal experts refitted one after the other",
         error(shared_ND + F.linear(_routed(found, h_NF, other_ND, chosen.top_k), rest_DF)),
     )
+
+
+def shapes(root: Path) -> dict[str, float]:
+    """Shape of `plus` (`1S24E4A`) -> the same error of its fit, mean of all FFNs; all have r_a = 1.5."""
+    params, found = read_params(root), importance_files.load(root / IMPORTANCE)
+    teacher = sampling.load_transformer(root / TEACHER / "transformer")
+    weights, seed = teacher.state_dict(), noise.derive_seed(params.seed, "conversion")
+    errors: dict[str, float] = {}
+    for shared, number, normal, top_k in SHAPES:
+        shape = {"shared_ratio": shared, "num_experts": number, "normal_ratio": normal, "top_k": top_k}
+        for norm in ("scale_to_k", "unit"):
+            moe = params.moe.model_copy(update={**PLUS, **shape, "gate_norm": norm})
+            each = []
+            for name in convert.ffn_names(teacher, moe.dense_double_blocks):
+                names = experts.dense_ffn(name, teacher.inner_dim)
+                w1_FD, b1_F, w2_DF = (
+                    value.double()
+                    for value in (weights[names.w1], weights[names.b1], weights[names.w2][:, names.first :])
+                )
+                seen_ND, other_ND = found.tokens[name].double().chunk(2)
+                order_F = experts.ranks(name, len(w1_FD), len(w2_DF), found.scores, moe, seed)
+                drawn_ED = experts.drawn_router(name, torch.Size((number, len(w2_DF))), moe, seed)
+                made = experts.generator(seed, "deal", name)
+                layer = fit.fit_layer(seen_ND, (w1_FD, b1_F, w2_DF), order_F, drawn_ED, moe, made, False)
+                h_NF = F.gelu(F.linear(other_ND, w1_FD, b1_F), approximate="tanh")
+                wanted_ND = F.linear(h_NF, w2_DF)
+                given_ND = routing_bounds.gated(layer, h_NF, routing_bounds.gates(layer, other_ND, moe))
+                each.append(((given_ND - wanted_ND).square().sum() / wanted_ND.square().sum()).item())
+            errors[f"{shared:g}S{number}E{top_k}A, gates {norm}"] = statistics.mean(each)
+    return errors
 
 
 def _routed(found: fit.LayerFit, h_NF: Tensor, tokens_ND: Tensor, top_k: int) -> Tensor:
@@ -305,15 +339,15 @@ def gather(root: Path) -> None:
 def _ratios(runs: dict[tuple[str, int, int], dict[str, Any]], steps: int) -> None:
     """Prints the loss of `plus` over that of `pruned_1_5`, paired by seed, with its 95 % interval."""
     both = [seed for row, own, seed in runs if (row, own) == ("plus", steps) and ("pruned_1_5", steps, seed) in runs]
-    if len(both) < 2 or len(both) - 2 >= len(STUDENT_T):
+    if len(both) < 2:
         return
     print("\nplus over pruned_1_5, paired by seed:")
     for step in runs["plus", steps, both[0]]["losses"]:
         ratios = [
             runs["plus", steps, seed]["losses"][step] / runs["pruned_1_5", steps, seed]["losses"][step] for seed in both
         ]
-        half = STUDENT_T[len(both) - 2] * statistics.stdev(ratios) / len(both) ** 0.5
-        print(f"step {step}: {statistics.mean(ratios):.3f} +- {half:.3f} ({len(both)} seeds)")
+        found = paired.interval(ratios)
+        print(f"step {step}: {found.mean:.3f} +- {found.half:.3f} ({len(both)} seeds)")
 
 
 def _write(results: dict[str, Any]) -> None:
@@ -322,9 +356,9 @@ def _write(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs one of the three commands."""
+    """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["layers", "train", "gather"])
+    parser.add_argument("command", choices=["layers", "shapes", "train", "gather"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
@@ -336,6 +370,12 @@ def main() -> None:
         _write(results)
         for choice, values in results["layers"].items():
             print(f"| {choice} | {values['mean']:.4f} | {values['max']:.4f} |")
+    elif chosen.command == "shapes":
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results["shapes"] = {"identity": _identity(root, read_params(root)), "errors": shapes(root)}
+        _write(results)
+        for name, error in results["shapes"]["errors"].items():
+            print(f"| {name} | {error:.4f} |")
     elif chosen.command == "train":
         for seed in chosen.seeds:
             for row in chosen.rows:

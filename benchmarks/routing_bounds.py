@@ -21,7 +21,7 @@ from moe_core import experts, noise, sampling
 from moe_core.config import MoEConfig, Params
 from moe_core.data.latents import LatentDataset
 from moe_core.fit import LayerFit
-from moe_core.moe import MoELayer, Routing
+from moe_core.moe import MoELayer, Router, Routing
 from tasks.places import SHARDS, TEACHER
 from tasks.validation import validation_loss
 
@@ -50,6 +50,15 @@ def gated(found: LayerFit, h_NF: Tensor, gates_NE: Tensor) -> Tensor:
     """The layer's output at these gates."""
     shared_ND = F.linear(h_NF[:, found.split.shared], found.shared_DS)
     return shared_ND + torch.einsum("ned,ne->nd", contributions(found, h_NF), gates_NE)
+
+
+def gates(found: LayerFit, tokens_ND: Tensor, moe: MoEConfig) -> Tensor:
+    """[N, E]: the gate of each expert as the model computes it, 0 where one does not run."""
+    router = Router(tokens_ND.shape[1], moe.num_experts, moe.top_k, moe.gate_norm)
+    router.weight.data = found.router_ED
+    with torch.no_grad():
+        routing = router(tokens_ND)
+    return torch.zeros_like(routing.probs_TE).scatter(1, routing.indices_TK, routing.gates_TK)
 
 
 def learned(found: LayerFit, tokens_ND: Tensor, top_k: int) -> Tensor:

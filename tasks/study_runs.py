@@ -71,7 +71,8 @@ def _queue(stage: Stage, runs: list[Run], home: Path, prompts: int) -> dict[str,
         run = waiting.pop(done)
         made = ray.get(done)
         _log(stage, run, made, new=run in missing)
-        results[run.name] = made["result"]
+        # It may have been made as another study's, under other names.
+        results[run.name] = made["result"] | {"arm": run.arm, "budget": run.budget}
         stage.progress.update("runs", len(results), len(runs), made["result"]["measures"]["kd_loss"])
     return results
 

@@ -40,11 +40,11 @@ def test_a_run_has_its_changes_its_steps_and_nothing_of_other_arms(values: dict[
     assert (moe.seed, moe.kd.joint, moe.kd.moe.optimizer.steps, moe.kd.moe.train) == (
         3,
         False,
-        20,
+        16,
         ("experts", "router"),
     )
     assert moe.kd.moe.optimizer.batch_size == 64
-    assert moe.kd.moe.optimizer.warmup_steps == 2
+    assert moe.kd.moe.optimizer.warmup_steps == 1
     assert not moe.baselines
     assert not moe.mob.levels
     assert not moe.studies
@@ -55,7 +55,7 @@ def test_a_run_has_its_changes_its_steps_and_nothing_of_other_arms(values: dict[
         True,
         True,
         ("all",),
-        400,
+        320,
     )
 
 
