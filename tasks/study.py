@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from moe_core.config import ClaimConfig, StudyConfig
 from moe_core.config.studies import RISING
 from moe_core.errors import ConfigError, DataError
@@ -29,7 +31,7 @@ Runs = dict[tuple[str, str, int], dict[str, Any]]
 
 
 def study(name: str, stage: Stage) -> None:
-    """Writes reports/studies/<name>/: study.md, study.json, a plot a budget."""
+    """Writes reports/studies/<name>/: study.md, study.json, runs.csv (a line a run), a plot a budget."""
     if name not in stage.params.studies:
         raise ConfigError(f"study is {name}; studies has {', '.join(stage.params.studies) or 'none'}")
     config = stage.params.studies[name]
@@ -41,6 +43,7 @@ def study(name: str, stage: Stage) -> None:
             (folder / file).write_text(text, encoding="utf-8")
         (folder / "study.md").write_text(render(config, runs, verdicts), encoding="utf-8")
         outs.write_json(folder / "study.json", _plain(verdicts))
+        frame(config, runs).to_csv(folder / "runs.csv", index=False)
     counts = [
         asdict(found)["verdict"]
         for claims in verdicts.values()
@@ -63,6 +66,23 @@ def read_runs(folder: Path, config: StudyConfig) -> Runs:
                     raise DataError(f"{file} does not exist; `dvc repro study_runs@{folder.name}` makes it")
                 runs[arm, budget, seed] = json.loads(file.read_text())
     return runs
+
+
+def frame(config: StudyConfig, runs: Runs) -> pd.DataFrame:
+    """A row a run: arm, budget, seed, steps from the teacher on, active parameters, every measure, accuracy by kind of prompt."""
+    rows = [
+        {
+            "arm": arm,
+            "budget": budget,
+            "seed": seed,
+            "steps": config.steps(arm, budget),
+            "activated": result["params"]["activated"],
+            **result["measures"],
+            **{f"accuracy_{kind}": value for kind, value in (result["accuracy_by_kind"] or {}).items()},
+        }
+        for (arm, budget, seed), result in runs.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def values(runs: Runs, config: StudyConfig, arm: str, budget: str, measure: str) -> list[float]:

@@ -30,8 +30,8 @@ AFTER: Mapping[str, tuple[str, ...]] = {
 """Stage -> those whose model it can start from; each but `moe_kd` can start from the teacher too, `moe_kd` if it is joint."""
 TEMPLATES = {"shared_expert_kd": "shared_expert", "moe_kd": "moe", "mob_kd": "mob"}
 """Stage -> its section of `kd`."""
-WARMUP, VALIDATIONS = 10, 10
-"""A run warms up for a tenth of its steps at most, and validates ten times."""
+WARMUP, VALIDATIONS = 10, 5
+"""A run warms up for a tenth of its steps at most, and validates five times or six."""
 
 
 class ArmLevelConfig(Section):

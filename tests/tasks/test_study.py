@@ -182,7 +182,13 @@ def result(loss: float, accuracy: float | None = None) -> dict[str, Any]:
     measures = {"kd_loss": loss, "teacher_distance": loss} | (
         {} if accuracy is None else {"accuracy": accuracy, "fid": 100 * loss}
     )
-    return {"measures": measures, "params": {"activated": 5000}, "curve": [[0, 2 * loss], [2, loss]]}
+    kinds = None if accuracy is None else {"counting": accuracy}
+    return {
+        "measures": measures,
+        "accuracy_by_kind": kinds,
+        "params": {"activated": 5000},
+        "curve": [[0, 2 * loss], [2, loss]],
+    }
 
 
 def test_the_report_has_a_verdict_a_claim_and_a_curve_an_arm(small: Params) -> None:
@@ -204,6 +210,15 @@ def test_the_report_has_a_verdict_a_claim_and_a_curve_an_arm(small: Params) -> N
     assert (
         "| MoE at r_a 1.5 is better than FFNs cut to r 1.5 | moe / pruned_1_5 | 4 | KD loss | 0.1101 | 0.1201 | -0.01 ± "
         in text
+    )
+    table = study.frame(config, made)
+    assert len(table) == 2 * len(config.arms)
+    [row] = table[(table["arm"] == "moe") & (table["seed"] == 1)].to_dict("records")
+    assert (row["steps"], row["activated"], row["kd_loss"], row["accuracy_counting"]) == (
+        4,
+        5000,
+        losses["moe"] + 0.0001,
+        0.601,
     )
     svg = study.study_figures.curves(config, made, "short")
     assert svg == study.study_figures.curves(config, made, "short")
