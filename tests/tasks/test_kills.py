@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tasks import training
@@ -383,37 +384,46 @@ STUDY = [
     "studies.paper.batch_size=8",
     "model.num_inference_steps=2",
 ]
+ARMS = ("shared", "moe", "pruned_2", "mob_m", "mob_s", "lite_m")
+
+
+def study_params() -> str:
+    """Six arms of the claims, two of which go on from others."""
+    values = yaml.safe_load(compose(ROOT, STUDY))
+    paper = values["studies"]["paper"]
+    paper["arms"] = {name: paper["arms"][name] for name in ARMS}
+    paper["claims"] = {n: c for n, c in paper["claims"].items() if {c["better"], c["than"]} <= set(ARMS)}
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_killed_in_its_middle_keeps_its_runs_and_comes_to_the_same(finished: Path) -> None:
     params = (finished / "params.yaml").read_text()
-    (finished / "params.yaml").write_text(compose(ROOT, STUDY))
+    (finished / "params.yaml").write_text(study_params())
+
+    def stage(*command: str) -> None:
+        assert start(finished, list(command)).wait(600) == 0, (finished / "stage.log").read_text()[-3000:]
+
     try:
-        process = start(finished, ["dvc", "repro", "evaluate@teacher", "evaluator"])
-        assert process.wait(600) == 0, (finished / "stage.log").read_text()[-3000:]
+        stage("dvc", "repro", "evaluate@teacher", "evaluator")
         runs, out = finished / ".resume" / "study_runs", finished / "data" / "studies" / "paper"
         process = start(finished, ["tasks.study_runs", "paper"])
-        wait_for(finished, process, lambda: len(list(runs.glob("*/result.json"))) >= 6, "sixth run")
+        wait_for(finished, process, lambda: len(list(runs.glob("*/result.json"))) >= 2, "second run")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         wait_until_gone(finished, 30, but=AGENTS)
         assert not out.exists()
         kept = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
-        assert start(finished, ["tasks.study_runs", "paper"]).wait(600) == 0, (finished / "stage.log").read_text()[
-            -3000:
-        ]
+        stage("tasks.study_runs", "paper")
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
         resumed = hashes(out)
-        assert len(resumed) == 21
+        assert len(resumed) == len(ARMS)
         shutil.rmtree(runs)
         shutil.rmtree(out)
-        assert start(finished, ["tasks.study_runs", "paper"]).wait(600) == 0, (finished / "stage.log").read_text()[
-            -3000:
-        ]
+        stage("tasks.study_runs", "paper")
         assert hashes(out) == resumed
-        assert start(finished, ["tasks.study", "paper"]).wait(120) == 0, (finished / "stage.log").read_text()[-3000:]
+        stage("tasks.study", "paper")
         assert "| claim | source | short |" in (finished / "reports" / "studies" / "paper" / "study.md").read_text()
     finally:
         (finished / "params.yaml").write_text(params)
