@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from moe_core.config import ComputeConfig
 from moe_core.errors import ConfigError
 from tasks import outs, study_arms
 from tasks.places import STUDIES
@@ -58,23 +59,29 @@ def _queue(stage: Stage, runs: list[Run], home: Path, prompts: int) -> dict[str,
     for run in reversed(runs):
         if run.fingerprint in started and run.after:
             started.add(run.after[0])
-    by_fingerprint: dict[str, Any] = {}
-    waiting: dict[Any, Run] = {}
-    for run in runs:
-        before = by_fingerprint[run.after[0]] if run.after else None
-        future = task.remote(stage.root, home, stage.params, prompts, run, run.fingerprint in started, before)
-        by_fingerprint[run.fingerprint] = future
-        waiting[future] = run
     results: dict[str, dict[str, Any]] = {}
-    while waiting:
-        [done], _ = ray.wait(list(waiting), num_returns=1)
-        run = waiting.pop(done)
-        made = ray.get(done)
+    todo, running, done = list(runs), dict[Any, Run](), set[str]()
+    while todo or running:
+        # Not all at once: Ray would run what waits for another one last, whatever its budget.
+        ready = [run for run in todo if run.after is None or run.after[0] in done]
+        for run in ready[: _slots(compute) - len(running)]:
+            todo.remove(run)
+            running[task.remote(stage.root, home, stage.params, prompts, run, run.fingerprint in started)] = run
+        [future], _ = ray.wait(list(running), num_returns=1)
+        run, made = running.pop(future), ray.get(future)
+        done.add(run.fingerprint)
         _log(stage, run, made, new=run in missing)
         # It may have been made as another study's, under other names.
         results[run.name] = made["result"] | {"arm": run.arm, "budget": run.budget}
         stage.progress.update("runs", len(results), len(runs), made["result"]["measures"]["kd_loss"])
     return results
+
+
+def _slots(compute: ComputeConfig) -> int:
+    """How many runs the cluster has room for."""
+    there = ray.cluster_resources()
+    room = there["CPU"] / compute.cpus_per_worker
+    return max(1, int(min(room, there.get("GPU", 0) * compute.runs_per_gpu) if compute.use_gpu else room))
 
 
 def _log(stage: Stage, run: Run, made: dict[str, Any], new: bool) -> None:
