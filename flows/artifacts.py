@@ -90,6 +90,12 @@ def show_results(reports: Path) -> None:
     report = reports / "report.md"
     if report.is_file():
         create_markdown_artifact(report.read_text(), key="report", description="reports/report.md")
+    for study in sorted(reports.glob("studies/*/study.md")):
+        create_markdown_artifact(
+            study.read_text(),
+            key=_key(f"study-{study.parent.name}"),
+            description=str(study.relative_to(reports.parent)),
+        )
     pictures = [p for p in sorted(reports.rglob("*.png")) if p.stat().st_size <= MAX_PICTURE_BYTES]
     for picture in pictures[:MAX_PICTURES]:
         data = base64.b64encode(picture.read_bytes()).decode()

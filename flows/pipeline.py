@@ -223,7 +223,8 @@ def pipeline(
     with workspace.claimed(identifier):
         revision = workspace.create(commit)
         compose(workspace.path, experiment, overrides)
-        leftovers.remove(workspace.path, read_params(workspace.path).models)
+        params = read_params(workspace.path)
+        leftovers.remove(workspace.path, params.models, params.studies)
         log.info("run %s of commit %s in %s", workspace.name, revision[:12], workspace.path)
         if changes := uncommitted(workspace.checkout):
             log.warning("%d uncommitted files are not part of this run", len(changes))

@@ -26,6 +26,14 @@ TITLES = {
     "accuracy": "accuracy",
     "fid": "FID",
 }
+SCOPE = (
+    "What this means: how conversions and trainings compare on this teacher, with these data, learning rates and so many steps."
+    " The intervals cover what differs between trainings (order of samples, noise, routers, random splits), not what another teacher"
+    " or other data would change. Arms of one seed share it, not their samples: each stage draws its own.",
+    "",
+    "What it does not mean: that the same holds for FLUX.1, whose FFNs have other uses for their width, or after distillations of tens of"
+    " thousands of steps. Accuracy and FID are of this project's own detector and classifier.",
+)
 Runs = dict[tuple[str, str, int], dict[str, Any]]
 """(arm, budget, seed) -> result"""
 
@@ -116,12 +124,13 @@ def render(config: StudyConfig, runs: Runs, verdicts: dict[str, dict[str, dict[s
         " A claim holds where the whole interval says so, and does not hold here where the whole interval says the opposite."
         " Of twenty claims without an effect one would be decided by chance.",
         "",
-        "## Verdicts",
+        *SCOPE,
         "",
-        "By the first measure; others that are decided otherwise are named.",
-        "",
-        *_table(["claim", "source", *config.budgets], [_verdict_row(config, name, verdicts) for name in config.claims]),
     ]
+    if config.claims:
+        rows = [_verdict_row(config, name, verdicts) for name in config.claims]
+        lines += ["## Verdicts", "", "By the first measure; others that are decided otherwise are named.", ""]
+        lines += _table(["claim", "source", *config.budgets], rows)
     for budget in config.budgets:
         lines += [
             "",
@@ -141,16 +150,11 @@ def render(config: StudyConfig, runs: Runs, verdicts: dict[str, dict[str, dict[s
             for name, claim in config.claims.items()
             for measure, found in verdicts[budget][name].items()
         ]
-        lines += _table(
-            ["claim", "arms", "steps", "measure", "better", "other", "difference", "ratio", "verdict"], rows
-        )
-        lines += [
-            "",
-            *_table(
-                ["arm", "active parameters", *TITLES.values()],
-                [_arm_row(config, runs, arm, budget) for arm in config.arms],
-            ),
-        ]
+        if rows:
+            head = ["claim", "arms", "steps", "measure", "better", "other", "difference", "ratio", "verdict"]
+            lines += [*_table(head, rows), ""]
+        arms = [_arm_row(config, runs, arm, budget) for arm in config.arms]
+        lines += _table(["arm", "active parameters", *TITLES.values()], arms)
     return "\n".join(lines) + "\n"
 
 

@@ -33,6 +33,8 @@ BUILDERS = {
     "mob_kd": "tasks.mob_kd:build",
     "baseline": "tasks.baseline:build",
 }
+ALONE = {"num_workers": 1, "sharding": "none", "text_encoders": "resident"}
+"""Of `compute`: a run is one process, whatever the cluster is otherwise used for."""
 UNUSED = ("experiment", "data", "eval", "models", "studies", "compute")
 """Sections that decide nothing in a training."""
 
@@ -72,6 +74,7 @@ def runs(params: Params, study: StudyConfig, deps: Mapping[str, str]) -> list[Ru
             for name in study.order():
                 arm = study.arms[name]
                 own = parse(Params, arm_params(values, study, name, budget, seed), f"study, arm {name}")
+                own = own.model_copy(update={"compute": own.compute.model_copy(update=ALONE)})
                 start = made[arm.after] if arm.after else None
                 made[name] = Run(
                     arm=name,
@@ -103,13 +106,11 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text())) if file.exists() else None
 
 
-def work(
-    root: Path, home: Path, params: Params, prompts: int, run: Run, needs_model: bool, before: object = None
-) -> dict[str, Any]:
+def work(root: Path, home: Path, params: Params, prompts: int, run: Run, needs_model: bool) -> dict[str, Any]:
     """Trains and measures a run, unless that was done; returns what `finished` says of it.
 
     root: the checkout; home: where runs have their folders; params: the experiment's; prompts: how many are drawn; needs_model: another run goes on
-    from this one's. `before`: what the run that this one goes on from returned: Ray starts this one when that is there.
+    from this one's. The run that this one goes on from must be finished.
     """
     folder = home / run.fingerprint
     found = finished(folder)
@@ -121,8 +122,9 @@ def work(
         links[Path(run.after[1])] = home / run.after[0] / PHASE / PRODUCT
     for path, target in links.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        if not (folder / path).is_symlink():
-            (folder / path).symlink_to(target.resolve())
+        # A killed run's links may point into a worktree that is gone.
+        (folder / path).unlink(missing_ok=True)
+        (folder / path).symlink_to(target.resolve())
     try:
         seconds = _train(folder, run)
     except Dense2MoEError as error:
@@ -215,6 +217,9 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
 
 def lighten(folder: Path) -> None:
     """Leaves of a finished run what a later study reads: its result."""
+    # At once, as what is half removed would be taken for a model.
+    if (folder / PHASE).exists():
+        (folder / PHASE).rename(folder / f".{PHASE}.gone")
     for path in folder.iterdir():
         if path.name == RESULT:
             continue

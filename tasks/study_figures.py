@@ -1,4 +1,7 @@
-"""Plots of a study: validation KD loss along training, a panel for each source of claims."""
+"""Plots of a study: validation KD loss along training, a panel for each source of claims.
+
+The loss is that of the loop, on validation samples with noise of the run's own seed; the tables have the experiment's seed for all runs.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ COLUMNS = 3
 
 def curves(config: StudyConfig, runs: Mapping[tuple[str, str, int], dict[str, Any]], budget: str) -> str:
     """SVG text: mean over seeds and the range of all of them, of the arms that each source has claims of, from the teacher on."""
-    sources = list(dict.fromkeys(claim.source for claim in config.claims.values()))
+    panels: dict[str, list[str]] = {}
+    for claim in config.claims.values():
+        panels.setdefault(claim.source, []).extend((claim.better, claim.than))
+    panels = panels or {"All arms": list(config.arms)}
     with styled():
-        rows = math.ceil(len(sources) / COLUMNS)
+        rows = math.ceil(len(panels) / COLUMNS)
         figure = Figure(figsize=(WIDTH, 2.7 * rows), layout="constrained")
-        for index, source in enumerate(sources):
+        for index, (source, arms) in enumerate(panels.items()):
             axis = figure.add_subplot(rows, COLUMNS, index + 1)
-            arms = [
-                arm for claim in config.claims.values() if claim.source == source for arm in (claim.better, claim.than)
-            ]
             # The curve of one that goes on from another has that one's.
             within = {before for arm in arms for before in config.line(arm)[:-1]}
             for number, arm in enumerate(arm for arm in dict.fromkeys(arms) if arm not in within):

@@ -6,7 +6,10 @@ got another arm: see `tasks.study_arms`.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from tasks.stage import RESUME_ROOT, Stage, execute
 from tasks.study_arms import Run
 from tasks.tracking import flatten
 
+NOT_OF_A_RUN = ("tasks/study_runs.py", "moe_core/config/studies.py")
+"""Dependencies of the stage that decide nothing in a run: the queue, and what makes its parameters, which it has."""
 HOME = "study_runs"
 """Where runs have their folders, in the folder of resume folders."""
 
@@ -31,18 +36,27 @@ def study_runs(name: str, stage: Stage) -> None:
     if name not in stage.params.studies:
         raise ConfigError(f"study is {name}; studies has {', '.join(stage.params.studies) or 'none'}")
     study = stage.params.studies[name]
-    # The queue decides nothing in a run.
-    deps = {path: md5 for path, md5 in stage.identity.deps.items() if path != "tasks/study_runs.py"}
+    deps = {path: md5 for path, md5 in stage.identity.deps.items() if path not in NOT_OF_A_RUN}
     runs = study_arms.runs(stage.params, study, deps)
     home = main_checkout(stage.root) / RESUME_ROOT / HOME
-    with stage.ray("tasks.study_arms"):
-        results = _queue(stage, runs, home, study.prompts)
-    with outs.folder(stage.root / STUDIES / name) as folder:
+    with _alone(home):
+        with stage.ray("tasks.study_arms"):
+            results = _queue(stage, runs, home, study.prompts)
+        with outs.folder(stage.root / STUDIES / name) as folder:
+            for run in runs:
+                outs.write_json(folder / f"{run.name}.json", results[run.name])
         for run in runs:
-            outs.write_json(folder / f"{run.name}.json", results[run.name])
-    for run in runs:
-        study_arms.lighten(home / run.fingerprint)
+            study_arms.lighten(home / run.fingerprint)
     stage.summary({"runs": len(runs), "steps": sum(study_arms.stage_config(run).optimizer.steps for run in runs)})
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Studies of all worktrees share the folder of runs; one of them at a time uses it."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _queue(stage: Stage, runs: list[Run], home: Path, prompts: int) -> dict[str, dict[str, Any]]:
@@ -59,18 +73,27 @@ def _queue(stage: Stage, runs: list[Run], home: Path, prompts: int) -> dict[str,
     for run in reversed(runs):
         if run.fingerprint in started and run.after:
             started.add(run.after[0])
+    # A resumed stage goes on in its MLflow run, which has some of them.
+    logged = stage.run.children()
     results: dict[str, dict[str, Any]] = {}
     todo, running, done = list(runs), dict[Any, Run](), set[str]()
     while todo or running:
         # Not all at once: Ray would run what waits for another one last, whatever its budget.
-        ready = [run for run in todo if run.after is None or run.after[0] in done]
-        for run in ready[: _slots(compute) - len(running)]:
+        for run in list(todo):
+            if len(running) >= _slots(compute):
+                break
+            # One that equals another is read when that one is there.
+            if (run.after and run.after[0] not in done) or run.fingerprint in {
+                other.fingerprint for other in running.values()
+            }:
+                continue
             todo.remove(run)
             running[task.remote(stage.root, home, stage.params, prompts, run, run.fingerprint in started)] = run
         [future], _ = ray.wait(list(running), num_returns=1)
         run, made = running.pop(future), ray.get(future)
         done.add(run.fingerprint)
-        _log(stage, run, made, new=run in missing)
+        if run.name not in logged:
+            _log(stage, run, made, new=run in missing)
         # It may have been made as another study's, under other names.
         results[run.name] = made["result"] | {"arm": run.arm, "budget": run.budget}
         stage.progress.update("runs", len(results), len(runs), made["result"]["measures"]["kd_loss"])
@@ -92,7 +115,12 @@ def _log(stage: Stage, run: Run, made: dict[str, Any], new: bool) -> None:
         run.stage: study_arms.stage_config(run).model_dump(mode="json"),
         "moe": run.params.moe.model_dump(mode="json"),
     }
-    tags = {"study": stage.name.partition("@")[2], "run_fingerprint": run.fingerprint, "new": str(new).lower()}
+    tags = {
+        "stage": f"{stage.name}/{run.name}",
+        "study": stage.name.partition("@")[2],
+        "run_fingerprint": run.fingerprint,
+        "new": str(new).lower(),
+    }
     stage.run.child(
         run.name,
         tags | {"work_seconds": f"{made['seconds']:.1f}"},

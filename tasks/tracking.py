@@ -227,6 +227,13 @@ class StageRun:
             self.client.log_batch(run, metrics=found[first : first + BATCH])
         self.client.set_terminated(run, status="FINISHED")
 
+    def children(self) -> set[str]:
+        """Names of the finished runs below this one."""
+        if not self.resumed:
+            return set()
+        query = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.status = 'FINISHED'"
+        return {str(run.info.run_name) for run in _runs(self.client, self._experiment, query)}
+
     def end(self, status: str) -> None:
         """Closes the run: FINISHED, FAILED or KILLED. Wall time adds up over resumed attempts."""
         # `seconds`: of all attempts, from this run's opening; `process_seconds`: of this attempt, imports included.
@@ -345,10 +352,10 @@ def metrics_frame(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _runs(client: MlflowClient, experiment: str) -> Iterable[Run]:
+def _runs(client: MlflowClient, experiment: str, query: str = "") -> Iterable[Run]:
     token = None
     while True:
-        page = client.search_runs([experiment], run_view_type=ViewType.ACTIVE_ONLY, max_results=BATCH, page_token=token)
+        page = client.search_runs([experiment], query, ViewType.ACTIVE_ONLY, max_results=BATCH, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -63,6 +63,10 @@ class Params(Section):
         for name, study in self.studies.items():
             if not name.isidentifier():
                 raise ValueError(f"studies has '{name}'; a name must be of letters, digits and _ alone")
+            if study.prompts > self.eval.prompts:
+                raise ValueError(
+                    f"studies.{name}.prompts is {study.prompts}, but eval.prompts makes {self.eval.prompts}"
+                )
             for arm in study.arms:
                 try:
                     Params.model_validate(arm_params(values, study, arm, next(iter(study.budgets)), self.seed))

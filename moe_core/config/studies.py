@@ -68,6 +68,16 @@ class ArmConfig(Section):
         for section, own in (("mob", "levels"), ("baseline", "init"), ("baseline", "kd")):
             if own in (getattr(self, section) or {}):
                 raise ValueError(f"{section} has {own}; it follows from the arm itself")
+        if self.mob and self.stage != "mob_kd":
+            raise ValueError(f"mob is {self.mob}, and stage {self.stage}, which has no groups")
+        if self.joint and self.stage != "moe_kd":
+            raise ValueError(f"joint is true, and stage {self.stage}; only moe_kd can be")
+        optimizer = self.kd.get("optimizer", {})
+        given = [key for key in ("steps", "batch_size") if key in optimizer] + [
+            key for key in ("validate_every",) if key in self.kd
+        ]
+        if given:
+            raise ValueError(f"kd has {given[0]}; it follows from the study's budgets and batch_size")
         if self.stage == "moe_kd" and self.joint == (self.after is not None):
             raise ValueError(
                 f"joint is {str(self.joint).lower()}, and after is {self.after}; a joint moe_kd starts from the teacher, another from shared experts"

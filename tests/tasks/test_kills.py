@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tasks import training
 from tasks.params import compose
 from tasks.phase import METRICS, PRODUCT, Phase
+from tasks.tracking import metrics_frame
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = [
@@ -423,6 +424,11 @@ def test_a_study_killed_in_its_middle_keeps_its_runs_and_comes_to_the_same(finis
         shutil.rmtree(out)
         stage("tasks.study_runs", "paper")
         assert hashes(out) == resumed
+        # One MLflow run each, whatever was killed: of the resumed stage, and of the one that began anew.
+        frame = metrics_frame(finished)
+        children = frame[frame["stage"].str.startswith("study_runs-paper/") & (frame["metric"] == "kd_loss")]
+        assert sorted(children.groupby("parent_run_id")["stage"].nunique()) == [len(ARMS), len(ARMS)]
+        assert len(children) == 2 * len(ARMS)
         stage("tasks.study", "paper")
         assert "| claim | source | short |" in (finished / "reports" / "studies" / "paper" / "study.md").read_text()
     finally:

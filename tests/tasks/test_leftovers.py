@@ -21,6 +21,11 @@ def checkout(tmp_path: Path) -> Path:
         if model in ("M", "XS"):
             files += [f"data/checkpoints/mob/{model}/config.json"]
             files += [f"reports/stages/mob_kd-{model}.json", f"reports/curves/mob_kd-{model}.csv"]
+        files += [f"data/studies/{name}/a.json" for name in ("old", "new")]
+        files += [
+            f"reports/{place}"
+            for place in ("studies/old/study.md", "stages/study-old.json", "stages/study_runs-new.json")
+        ]
         for file in [*files, "reports/stages/teacher.json", "reports/curves/teacher-vae.csv"]:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text(model)
@@ -39,7 +44,7 @@ def test_they_alone_are_removed(checkout: Path) -> None:
     before = {path for path in checkout.rglob("*") if path.is_file()}
     (checkout / "cache").mkdir()
     (checkout / "data/checkpoints/mob/XXS").symlink_to(checkout / "cache")
-    removed = leftovers.remove(checkout, MODELS)
+    removed = leftovers.remove(checkout, MODELS, ("new",))
     gone = before - {path for path in checkout.rglob("*") if path.is_file()}
     assert {path.relative_to(checkout).as_posix() for path in gone} == {
         "data/checkpoints/mob/XS/config.json",
@@ -48,8 +53,11 @@ def test_they_alone_are_removed(checkout: Path) -> None:
         "reports/stages/evaluate-XS.json",
         "reports/stages/mob_kd-XS.json",
         "reports/curves/mob_kd-XS.csv",
+        "data/studies/old/a.json",
+        "reports/studies/old/study.md",
+        "reports/stages/study-old.json",
     }
-    assert len(removed) == 7
+    assert len(removed) == 10
     assert (checkout / "cache").is_dir()
     leftovers.check(checkout, MODELS)
-    assert leftovers.remove(checkout, MODELS) == []
+    assert leftovers.remove(checkout, MODELS, ("new",)) == []

@@ -16,8 +16,9 @@ from moe_core.config import Params, parse
 from moe_core.errors import ConfigError, DataError, TrainingError
 from moe_core.transformer import FluxMoETransformer2DModel
 from tasks import importance, study, study_arms
+from tasks.generation import Generator
 from tasks.params import compose
-from tasks.phase import PRODUCT
+from tasks.phase import NOTES, PRODUCT
 from tasks.study_arms import Run
 from tests.tasks.test_plan import CPU, SAMPLES, checkout
 
@@ -98,18 +99,12 @@ def test_every_arm_of_the_claims_trains_and_is_measured(root: Path, small: Param
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.timeout(240)
-def test_a_task_in_another_process_comes_to_the_same_and_starts_after_the_one_it_needs(
-    root: Path, small: Params, tmp_path: Path
-) -> None:
+def test_tasks_in_other_processes_come_to_the_same(root: Path, small: Params, tmp_path: Path) -> None:
     pair = runs(small, "shared", "moe")
     here = [make(root, tmp_path / "here", small, run)["result"] for run in pair]
     task = ray.remote(study_arms.work).options(num_cpus=1)
-    before: Any = None
-    futures = []
-    for run in pair:
-        before = task.remote(root, tmp_path / "there", small, PROMPTS, run, True, before)
-        futures.append(before)
-    assert [made["result"] for made in ray.get(futures)] == here
+    there = [ray.get(task.remote(root, tmp_path / "there", small, PROMPTS, run, True))["result"] for run in pair]
+    assert there == here
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_comes_to_the_same(root: Path, small: Params, tmp_path: Path) -> None:
@@ -129,6 +124,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_comes_to_the_same(root: Path, sm
             make(root, tmp_path / "killed", longer, run)
     assert not (tmp_path / "killed" / run.fingerprint / study_arms.RESULT).exists()
     resumed = make(root, tmp_path / "killed", longer, run)["result"]
+    assert "goes on from" in (tmp_path / "killed" / run.fingerprint / NOTES).read_text()
     assert resumed["measures"] == whole["measures"]
     assert resumed["curve"] == whole["curve"]
 
@@ -204,7 +200,7 @@ def test_the_report_has_a_verdict_a_claim_and_a_curve_an_arm(small: Params) -> N
     assert verdicts["short"]["normal_experts"]["kd_loss"].verdict == "does not hold here"
     assert verdicts["short"]["normal_experts"]["accuracy"].verdict == "holds"
     text = study.render(config, made, verdicts)
-    row = next(line for line in text.splitlines() if "its shared experts alone | Table 4" in line)
+    row = next(line for line in text.splitlines() if "that it began with | Table 4" in line)
     assert "**does not hold here**; accuracy: holds" in row
     assert "| `groups_1x12` | 5 k | 0.26 ± 0.00064 |" in text
     assert (
@@ -231,3 +227,24 @@ def test_missing_runs_and_measures_are_named(small: Params, tmp_path: Path) -> N
     made = {(arm, "short", seed): result(0.1) for arm in small.studies["paper"].arms for seed in (0, 1)}
     with pytest.raises(ConfigError, match="a claim is about accuracy, which was not measured"):
         study.judge(small.studies["paper"], made, "short")
+
+
+def test_a_study_without_claims_shows_its_arms(small: Params) -> None:
+    config = small.studies["paper"].model_copy(update={"claims": {}})
+    made = {(arm, "short", seed): result(0.1 + 0.01 * seed) for arm in config.arms for seed in config.seeds}
+    text = study.render(config, made, {"short": study.judge(config, made, "short")})
+    assert "Verdicts" not in text
+    assert "| `plus` | 5 k | 0.105 ± " in text
+    assert "<!-- All arms -->" in study.study_figures.curves(config, made, "short")
+
+
+def test_every_run_is_measured_with_the_experiments_seed(root: Path, small: Params, tmp_path: Path) -> None:
+    """One that trains with seed 1, measured: as the evaluation of the experiment, whose seed is 0, says of its model."""
+    [run] = [r for r in study_arms.runs(small, small.studies["paper"], {}) if r.name == "pruned_2-short-1"]
+    found = make(root, tmp_path, small, run)["result"]
+    compute = small.compute.model_copy(update={"num_workers": 0})
+    model = tmp_path / run.fingerprint / study_arms.PHASE / PRODUCT
+    generator = Generator(root, small.model_copy(update={"compute": compute}), model, False)
+    assert found["measures"]["kd_loss"] == generator.validation(small.eval.batch_size)["distill"]
+    # The curve's noise is the run's.
+    assert found["curve"][-1][1] != found["measures"]["kd_loss"]
