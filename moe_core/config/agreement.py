@@ -85,15 +85,20 @@ def _check_names(where: str, names: Iterable[str], others: set[str]) -> None:
         raise ValueError(f"{where} has {min(taken)}; that is the name of another model")
 
 
-def check_levels(mob: MoBConfig, baselines: Mapping[str, BaselineConfig], models: Mapping[str, EvaluatedModel]) -> None:
-    """What is evaluated must be what is made, and given baselines in their folder; a level that starts from another keeps its groups."""
-    made = {
+def checkpoints(levels: Iterable[str], baselines: Iterable[str]) -> dict[str, str]:
+    """Name of a model that the stages make, or are given as the teacher -> where its transformer lies."""
+    return {
         "teacher": "data/teacher/transformer",
         "shared": "data/checkpoints/shared_expert",
         "L": "data/checkpoints/moe",
-        **{level: f"data/checkpoints/mob/{level}" for level in mob.levels},
+        **{level: f"data/checkpoints/mob/{level}" for level in levels},
         **{name: f"data/checkpoints/baselines/{name}" for name in baselines},
     }
+
+
+def check_levels(mob: MoBConfig, baselines: Mapping[str, BaselineConfig], models: Mapping[str, EvaluatedModel]) -> None:
+    """What is evaluated must be what is made, and given baselines in their folder; a level that starts from another keeps its groups."""
+    made = checkpoints(mob.levels, baselines)
     _check_names("mob.levels", mob.levels, {"teacher", "shared", "L"})
     _check_names("baselines", baselines, {"teacher", "shared", "L", *mob.levels})
     places = {name: made.get(name, f"data/baselines/{name}") for name in {**made, **models}}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from moe_core.config.agreement import checkpoints
 from moe_core.config.section import Section
 from moe_core.config.sparse import MoBGroupsConfig
 
@@ -203,14 +204,10 @@ def place(study: StudyConfig, name: str | None) -> str:
 
 def models(levels: Mapping[str, Any], baselines: Mapping[str, Any]) -> dict[str, Any]:
     """Section `models` of a run: its pictures are judged by the study, which reads none of it."""
-    made = {
-        "teacher": "data/teacher/transformer",
-        "shared": "data/checkpoints/shared_expert",
-        "L": "data/checkpoints/moe",
-        **{level: f"data/checkpoints/mob/{level}" for level in levels},
-        **{name: f"data/checkpoints/baselines/{name}" for name in baselines},
+    return {
+        name: {"checkpoint": path, "reference": "data/images/teacher"}
+        for name, path in checkpoints(levels, baselines).items()
     }
-    return {name: {"checkpoint": path, "reference": "data/images/teacher"} for name, path in made.items()}
 
 
 def _stage(base: Mapping[str, Any], arm: ArmConfig, study: StudyConfig, budget: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 from moe_core import accounting
 from moe_core.config import Params
 from moe_core.transformer import FluxMoETransformer2DModel
-from tasks import importance, training
+from tasks import training
 from tasks.phase import PRODUCT, Phase
 from tasks.plan_costs import Costs
 from tasks.plan_teacher import describe
-from tests.tasks.test_plan import CPU, SAMPLES, checkout, params
+from tests.tasks.test_plan import CPU, SAMPLES, checkout_with_importance, params
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,7 @@ def small() -> Params:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, small: Params) -> Path:
-    folder = checkout(tmp_path_factory.mktemp("checkout"), small)
-    (folder / "units").mkdir()
-    importance.work(CPU, 1, folder, small.model_dump(mode="json"), folder / "units")
-    (folder / "data" / "importance").mkdir()
-    importance.merge(folder / "units", folder / "data" / "importance")
-    return folder
+    return checkout_with_importance(tmp_path_factory.mktemp("checkout"), small)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,16 @@ def checkout(folder: Path, small: Params) -> Path:
     return folder
 
 
+def checkout_with_importance(folder: Path, small: Params) -> Path:
+    """The same, and what stage importance makes of it."""
+    checkout(folder, small)
+    (folder / "units").mkdir()
+    importance.work(CPU, 1, folder, small.model_dump(mode="json"), folder / "units")
+    (folder / "data" / "importance").mkdir()
+    importance.merge(folder / "units", folder / "data" / "importance")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def planned(small: Params) -> dict[str, StageCost]:
     costs, kd = Costs(small, describe(small.model)), small.kd

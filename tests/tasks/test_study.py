@@ -15,12 +15,12 @@ from PIL import Image
 from moe_core.config import Params, parse
 from moe_core.errors import ConfigError, DataError, TrainingError
 from moe_core.transformer import FluxMoETransformer2DModel
-from tasks import importance, study, study_arms
+from tasks import study, study_arms
 from tasks.generation import Generator
 from tasks.params import compose
 from tasks.phase import NOTES, PRODUCT
 from tasks.study_arms import Run
-from tests.tasks.test_plan import CPU, SAMPLES, checkout
+from tests.tasks.test_plan import SAMPLES, checkout_with_importance
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = 3
@@ -55,11 +55,7 @@ def small() -> Params:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, small: Params) -> Path:
     """A checkout with what the runs read."""
-    folder = checkout(tmp_path_factory.mktemp("checkout"), small)
-    (folder / "units").mkdir()
-    importance.work(CPU, 1, folder, small.model_dump(mode="json"), folder / "units")
-    (folder / "data" / "importance").mkdir()
-    importance.merge(folder / "units", folder / "data" / "importance")
+    folder = checkout_with_importance(tmp_path_factory.mktemp("checkout"), small)
     pictures = folder / "data" / "images" / "teacher"
     pictures.mkdir(parents=True)
     lines = []
