@@ -84,6 +84,7 @@ class VAETrainee:
         _check_pictures(images, vae)
         _check_pictures(validation, vae)
         self.module = VAEStep(vae, kl_weight)
+        self.rates: dict[str, float] = {}
         self.images, self.validation, self.seed = images, validation, seed
 
     def batch(self, positions: Sequence[int]) -> dict[str, Tensor]:
@@ -144,6 +145,7 @@ class FlowTrainee:
     ) -> None:
         self.pipeline = pipeline
         self.module = FlowStep(pipeline, guidance_scale)
+        self.rates: dict[str, float] = {}
         self.train, self.validation, self.timesteps, self.seed = train, validation, timesteps, seed
         self._tokens = {
             text: number for number, text in enumerate(dict.fromkeys([*train.captions, *validation.captions]))

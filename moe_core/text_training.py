@@ -103,6 +103,7 @@ class TextTrainee:
             )
         self.module = TextStep(pipeline, pipeline.tokenizer.model_max_length, words)
         self.module.to(pipeline.text_encoder.device)
+        self.rates: dict[str, float] = {}
         self.seed = seed
         self._train = tokens(pipeline, captions, max_sequence_length)
         self._validation = tokens(pipeline, validation, max_sequence_length)

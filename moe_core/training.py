@@ -7,7 +7,7 @@ restart changes what is trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,11 @@ class Trainee(Protocol):
         Its parameters with requires_grad are trained and saved for resuming; all others must be reproduced by building
         the trainee again. This is what DDP wraps, unless it is sharded already.
         """
+        ...
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rate over the optimizer's, by name of the module's parameter; 1 for those that are not there."""
         ...
 
     def batch(self, positions: Sequence[int]) -> Any:

@@ -96,6 +96,12 @@ class KDTrainee:
         self.params = params
         self.train = LatentDataset(root / SHARDS, "train")
         self.validation = LatentDataset(root / SHARDS, "val")
+        rates = {str(part): factor for part, factor in config.rates.items()}
+        self.rates = {
+            f"student.{name}": rates[part]
+            for name, _ in student.named_parameters()
+            if (part := student.part_of(name)) in rates
+        }
         self.seed = noise.derive_seed(params.seed, purpose)
         self.optimizer = config.optimizer
 

@@ -34,8 +34,28 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the parameters of `module` that are trained."""
+FACTOR = "rate_factor"
+"""Of a group of parameters: its learning rate over the optimizer's."""
+
+
+def build(
+    config: OptimizerConfig, module: nn.Module, rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of the parameters of `module` that are trained. `rates`: as a trainee's."""
+    made = _build(config, module)
+    factors = {id(module.get_parameter(name)): factor for name, factor in (rates or {}).items()}
+    groups = []
+    for group in made.param_groups:
+        of = {id(parameter): factors.get(id(parameter), 1.0) for parameter in group["params"]}
+        for factor in sorted(set(of.values())):
+            own = [parameter for parameter in group["params"] if of[id(parameter)] == factor]
+            rate = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+            groups.append({**group, "params": own, "lr": rate, FACTOR: factor})
+    made.param_groups[:] = groups
+    return made
+
+
+def _build(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         return muon.Muon(*muon.split_parameters(module), config.learning_rate, config.betas, config.weight_decay)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -59,12 +79,13 @@ def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of every group."""
+    """Sets the learning rate of every group, its factor included."""
     for group in optimizer.param_groups:
+        own = rate * group[FACTOR]
         if isinstance(group["lr"], Tensor):  # torchao compiles its step, and the rate is an argument of it
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
 def counter_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:

@@ -83,7 +83,7 @@ class _Loop:
         parameters = checkpoints.trained(trainee.module)
         if not parameters:
             raise ConfigError(f"{self.phase.name}: no parameter is trained; check the parts that `train` lists")
-        optim = optimizer.build(config, trainee.module)
+        optim = optimizer.build(config, trainee.module, trainee.rates)
         average = optimizer.Average(config.ema_decay, parameters) if config.ema_decay is not None else None
         step = self._restore(trainee.module, optim, average)
         self._truncate(step)

@@ -69,6 +69,7 @@ class BaselineConfig(Section):
         lacks = {"experts", "router", "group_blocks", "block_router"} | (
             {"gap_blocks"} if self.method == "diff_pruning" else {"shared"}
         )
-        if absent := [part for part in self.kd.train if part in lacks]:
-            raise ValueError(f"kd.train has {absent[0]}; a model made by {self.method} has none")
+        for key in ("train", "rates"):
+            if absent := [part for part in getattr(self.kd, key) if part in lacks]:
+                raise ValueError(f"kd.{key} has {absent[0]}; a model made by {self.method} has none")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,8 +31,19 @@ class KDStageConfig(Section):
     lambda_feature: float = Field(1.0, ge=0)
     lambda_balance: float = Field(1e-2, ge=0)
     train: tuple[Part, ...] = Field(min_length=1, description="parts of the student whose weights change")
+    rates: Mapping[Part, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="learning rate of a part over the optimizer's; 1 for parts that are not named"
+    )
     gradient_checkpointing: bool = False
     validate_every: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _rates_are_of_what_trains(self) -> KDStageConfig:
+        if "all" in self.rates:
+            raise ValueError("rates has all; the rate of all parts is optimizer.learning_rate")
+        if idle := [part for part in self.rates if part not in self.train and "all" not in self.train]:
+            raise ValueError(f"rates has {idle[0]}, which does not train; train is {', '.join(self.train)}")
+        return self
 
 
 class KDConfig(Section):
@@ -59,6 +70,7 @@ class KDConfig(Section):
     @model_validator(mode="after")
     def _parts_are_there(self) -> KDConfig:
         for stage, missing in NOT_YET.items():
-            if absent := [part for part in getattr(self, stage).train if part in missing]:
-                raise ValueError(f"{stage}.train has {absent[0]}; the model of that stage has none yet")
+            for key in ("train", "rates"):
+                if absent := [part for part in getattr(getattr(self, stage), key) if part in missing]:
+                    raise ValueError(f"{stage}.{key} has {absent[0]}; the model of that stage has none yet")
         return self

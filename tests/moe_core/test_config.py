@@ -109,6 +109,15 @@ def doubles(**groups: int) -> dict[str, Any]:
         ),
         ({"kd.moe.train": ["group_blocks"]}, "kd: moe.train has group_blocks; the model of that stage has none"),
         (
+            {"kd.moe.train": ["router"], "kd.moe.rates": {"shared": 2.0}},
+            "kd.moe: rates has shared, which does not train; train is router",
+        ),
+        ({"kd.moe.rates": {"all": 2.0}}, "kd.moe: rates has all; the rate of all parts is optimizer.learning_rate"),
+        (
+            {"kd.moe.train": ["all"], "kd.moe.rates": {"gap_blocks": 2.0}},
+            "kd: moe.rates has gap_blocks; the model of that stage has none",
+        ),
+        (
             {"kd.validation_samples": 99999},
             "kd.validation_samples is 99999, but data.shard.validation_samples keeps only",
         ),

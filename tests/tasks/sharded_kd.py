@@ -66,6 +66,7 @@ class Distillation:
         self.student = student
         stage = make_stage(kind, lambda_balance=0.1, gradient_checkpointing=sharded)
         self.module = KDStep(student, teacher, stage)
+        self.rates: dict[str, float] = {}
 
     def batch(self, positions: Sequence[int]) -> KDBatch:
         last = self.worker.rank == self.worker.size - 1

@@ -249,3 +249,22 @@ def test_the_learning_rate_rises_to_its_peak_and_never_above(schedule: str) -> N
     assert rates[:10] == sorted(rates[:10])
     assert all(rate > 0 for rate in rates)
     assert rates[-1] == pytest.approx(0.5) if schedule == "constant" else rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_part_can_have_a_rate_of_its_own(kind: str) -> None:
+    def change(rates: dict[str, float]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        module = Linear()
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        config = OptimizerConfig(steps=1, batch_size=1, learning_rate=1.0, optimizer=kind)
+        optim = optimizer.build(config, module, rates)
+        optimizer.set_rate(optim, 0.1)
+        module((torch.ones(3, 4), torch.zeros(3)))["loss"].backward()
+        optim.step()
+        return {name: p.detach() - before[name] for name, p in module.named_parameters()}
+
+    plain, halved = change({}), change({"layer.weight": 0.5})
+    assert plain["layer.weight"].abs().max() > 0
+    torch.testing.assert_close(halved["layer.weight"], plain["layer.weight"] / 2)
+    assert torch.equal(halved["layer.bias"], plain["layer.bias"])

@@ -47,6 +47,7 @@ class Trivial:
     ) -> None:
         torch.manual_seed(0)
         self.module = Linear()
+        self.rates: dict[str, float] = {}
         self.seconds, self.kill_at, self.mark, self.nan_at = steps_seconds, kill_at, mark, nan_at
         self.steep_at = steep_at
 
