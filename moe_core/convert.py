@@ -224,17 +224,12 @@ def mob_recipe(
     grouped = on_meta(structure.mob_config(student.config, level, mob, block_change))
     recipe = Recipe(grouped, {"student": student})
     stored = {original: name for name, original in _original_names(student).items()}
-    copied = _copied(student, grouped, block_change) if mob.group_init == "copies" else {}
     for name, original in _original_names(grouped).items():
-        block, rest = original.split(".")[:2], original.split(".")[2:]
-        begins_as = ".".join([copied.get(".".join(block), ".".join(block)), *rest])
-        if begins_as in stored:
-            recipe.add(name, [Ref("student", stored[begins_as])], unchanged)
+        if original in stored:
+            recipe.add(name, [Ref("student", stored[original])], unchanged)
         else:  # the router of a new group
             make = partial(_drawn, recipe.shapes[name], mob.router_init_std, seed, original)
             recipe.add(name, [_first_parameter(student)], make)
-    if copied:
-        recipe.leave("student")
     return recipe.finished()
 
 
@@ -251,25 +246,6 @@ def depth_recipe(student: FluxTransformer2DModel, drop: Mapping[str, Collection[
         recipe.add(name, [Ref("student", source)], unchanged)
     recipe.leave("student")
     return recipe.finished()
-
-
-def _copied(
-    student: FluxTransformer2DModel, grouped: FluxMoETransformer2DModel, block_change: Mapping[str, float] | None
-) -> dict[str, str]:
-    """Block of a new group -> the one of its group that changes its input most; among equals, the first."""
-    copied: dict[str, str] = {}
-    old = student.config.get("mob") or {}
-    for kind, name in structure.KINDS.items():
-        for group in grouped.config.mob[f"{kind}_groups"]:
-            if group in old.get(f"{kind}_groups", []):
-                continue
-            members = [f"{name}.{number}" for number in group]
-            if missing := [member for member in members if member not in (block_change or {})]:
-                raise ConfigError(f"block_change lacks {missing[0]}; mob.group_init copies needs it")
-            assert block_change is not None
-            best = max(members, key=lambda member: block_change[member])
-            copied |= dict.fromkeys(members, best)
-    return copied
 
 
 def _original_names(model: FluxTransformer2DModel) -> dict[str, str]:

@@ -107,9 +107,4 @@ class MoBConfig(Section):
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the features against the conditioning, eq. 5")
     balance_probs: Literal["softmax", "gate"] = "softmax"
     router_init_std: float = Field(0.02, gt=0)
-    group_init: Literal["own", "copies"] = Field(
-        "own",
-        description="what the blocks of a new group begin as: themselves; or copies of the one that changes its input most, of which each then"
-        " learns what its samples need",
-    )
     levels: Mapping[str, MoBLevelConfig]

@@ -107,7 +107,10 @@ def doubles(**groups: int) -> dict[str, Any]:
             {"kd.shared_expert.train": ["router"]},
             "kd: shared_expert.train has router; the model of that stage has none",
         ),
-        ({"kd.moe.train": ["group_blocks"]}, "kd: moe.train has group_blocks; the model of that stage has none"),
+        (
+            {"kd.moe.train": ["group_blocks"], "kd.moe.rates": {}},
+            "kd: moe.train has group_blocks; the model of that stage has none",
+        ),
         (
             {"kd.moe.train": ["router"], "kd.moe.rates": {"shared": 2.0}},
             "kd.moe: rates has shared, which does not train; train is router",

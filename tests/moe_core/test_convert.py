@@ -178,34 +178,6 @@ def test_level_s_keeps_ms_groups_and_router_weights():
     assert convert.to_mob(s, one_more, make_mob(), CHANGE).config.mob["single_groups"] == [[2, 3], [4, 5]]
 
 
-def test_copies_begin_as_the_block_that_changes_most():
-    teacher = make_teacher()
-    level = make_level({"blocks": [[1, 2, 3]]}, {"blocks": [[0, 1], [3, 4]]})
-    grouped = convert.to_mob(teacher, level, make_mob(group_init="copies"), CHANGE)
-    for group, original in (
-        (grouped.transformer_blocks[1], teacher.transformer_blocks[1]),
-        (grouped.single_transformer_blocks[0], teacher.single_transformer_blocks[1]),
-        (grouped.single_transformer_blocks[2], teacher.single_transformer_blocks[4]),
-    ):
-        assert all(same_weights(block, original) for block in group.blocks)
-    assert same_weights(grouped.single_transformer_blocks[1], teacher.single_transformer_blocks[2])
-    # Equal blocks: the routers' choice changes nothing yet.
-    before = predict(grouped, make_inputs())
-    for group in (m for m in grouped.modules() if isinstance(m, MoBGroup)):
-        group.router.w_x.weight.data.neg_()
-        group.router.w_y.weight.data.neg_()
-    torch.testing.assert_close(predict(grouped, make_inputs()), before)
-
-
-def test_copies_leave_the_groups_of_the_start_alone():
-    teacher, mob = make_teacher(), make_mob(group_init="copies")
-    m = convert.to_mob(teacher, make_level({"blocks": [[1, 2]]}), make_mob(), CHANGE)
-    s = convert.to_mob(m, make_level({"blocks": [[1, 2]]}, {"blocks": [[2, 3]]}), mob, CHANGE)
-    assert same_weights(s.transformer_blocks, m.transformer_blocks)
-    with pytest.raises(ConfigError, match=r"block_change lacks transformer_blocks\.3; mob\.group_init copies"):
-        convert.to_mob(teacher, make_level({"blocks": [[3, 4]]}), mob)
-
-
 def test_levels_that_drop_groups_are_refused():
     m = convert.to_mob(make_teacher(), make_level({"blocks": [[1, 2]]}), make_mob())
     with pytest.raises(ConfigError, match=r"double.groups is 0.*has 1"):
