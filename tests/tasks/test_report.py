@@ -290,7 +290,7 @@ def test_the_sparse_model_is_held_against_ffns_cut_to_its_active_width(
     root: Path, loss: float, mark: str, verdict: str
 ) -> None:
     params = made.params()
-    kd = params.kd.moe.model_copy(update={"train": ("all",)})
+    kd = params.kd.moe.model_copy(update={"train": ("all",), "rates": {}})
     cut = BaselineConfig(method="diff_pruning", ratio=1.5, kd=kd)
     wide = BaselineConfig(method="diff_pruning", ratio=2.0, kd=kd)
     model = params.models["S"].model_copy(update={"checkpoint": "data/checkpoints/baselines/cut"})

@@ -33,6 +33,7 @@ def params(*overrides: str) -> Params:
     few = [
         "studies=paper",
         "moe=1s12e2a",
+        "mob=small",
         "studies.paper.budgets.short=2",
         "~studies.paper.budgets.long",
         "studies.paper.seeds=[0,1]",
