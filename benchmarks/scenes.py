@@ -1,12 +1,12 @@
 """The experiment `scenes` in numbers: is the teacher's capacity used, and what do the levels keep of it?
 
-    dvc exp run -S experiment=scenes -S moe=1s12e2a
+    dvc exp run -S experiment=scenes -S moe=1s12e2a -S mob=small
     python -m benchmarks.scenes                      gathers this checkout's evaluations into benchmarks/results/scenes.json
 
 What the FFNs cut to r = 1.5 lose (shared experts alone, conditioning whole, the steps of shared-expert KD and MoE KD together), in a second
 checkout that begins with the same teacher (`dvc exp run` finds it in DVC's run cache):
 
-    dvc exp run -S experiment=scenes -S moe=1s12e2a -S moe.shared_ratio=1.5 -S moe.num_experts=10 \\
+    dvc exp run -S experiment=scenes -S moe=1s12e2a -S mob=small -S moe.shared_ratio=1.5 -S moe.num_experts=10 \\
         -S moe.conditioning_dim=null \\
         -S kd.shared_expert.optimizer.steps=600 evaluate@shared
     python -m benchmarks.scenes --cut FOLDER         adds what the checkout FOLDER found

@@ -48,6 +48,7 @@ FEW = [
     "compute.cpus_per_worker=1",
     # In two steps, so that one KD stage starts from what another trained; the pipeline's test has the other recipe.
     "moe=1s12e2a",
+    "mob=small",
 ]
 for _stage in ("shared_expert", "moe", "mob"):
     FEW += [f"kd.{_stage}.optimizer.{value}" for value in ("steps=12", "batch_size=8", "warmup_steps=1")]
