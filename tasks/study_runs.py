@@ -123,13 +123,14 @@ def _log(stage: Stage, run: Run, made: dict[str, Any], new: bool) -> None:
     }
     stage.run.child(
         run.name,
-        tags | {"work_seconds": f"{made['seconds']:.1f}"},
+        tags,
         changed | flatten(config),
         {
             **result["measures"],
             **{f"accuracy_{kind}": value for kind, value in (result["accuracy_by_kind"] or {}).items()},
         },
         {"validation/distill": result["curve"]},
+        made["seconds"],
     )
 
 

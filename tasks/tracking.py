@@ -215,12 +215,13 @@ class StageRun:
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
         curves: Mapping[str, Iterable[Sequence[float]]],
+        seconds: float,
     ) -> None:
-        """A finished run of its own below this one: a training of a study. `curves`: metric -> (step, value)."""
-        tags = {**tags, "mlflow.parentRunId": self.run_id}
-        run = self.client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+        """A finished run of its own below this one: a training of a study, which took so long. `curves`: metric -> (step, value)."""
+        tags, now = {**tags, "mlflow.parentRunId": self.run_id}, _now()
+        began = now - int(seconds * 1000)
+        run = self.client.create_run(self._experiment, start_time=began, run_name=name, tags=tags).info.run_id
         _log_params(self.client, run, params)
-        now = _now()
         found = [Metric(key, float(value), now, 0) for key, value in metrics.items()]
         found += [Metric(key, float(value), now, int(step)) for key, points in curves.items() for step, value in points]
         for first in range(0, len(found), BATCH):
