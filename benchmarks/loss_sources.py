@@ -288,7 +288,8 @@ def _stage(base: KDStageConfig, steps: int, changes: dict[str, Any]) -> KDStageC
         "steps": steps,
         "warmup_steps": min(base.optimizer.warmup_steps, steps // 10),
     }
-    values = base.model_dump() | {key: value for key, value in changes.items() if key != "optimizer"}
+    # One rate for all parts, whatever the preset has.
+    values = base.model_dump() | {"rates": {}} | {key: value for key, value in changes.items() if key != "optimizer"}
     values |= {"optimizer": optim | changes.get("optimizer", {}), "validate_every": max(1, steps // 10)}
     return KDStageConfig.model_validate(values)
 

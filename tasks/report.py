@@ -167,10 +167,10 @@ def _baseline(made: BaselineConfig) -> str:
 
 def _kd(stage: KDStageConfig) -> str:
     run = stage.optimizer
-    rates = "".join(f", {part.replace('_', ' ')} {factor:g} times as fast" for part, factor in stage.rates.items())
+    factors = ", ".join(f"{part.replace('_', ' ')} x {factor:g}" for part, factor in stage.rates.items())
     return (
-        f"{run.steps} steps of batch {run.batch_size}, learning rate {run.learning_rate:g} ({run.schedule});"
-        f" trains {', '.join(stage.train).replace('_', ' ')}{rates};"
+        f"{run.steps} steps of batch {run.batch_size}, learning rate {run.learning_rate:g} ({run.schedule}){'; ' + factors if factors else ''};"
+        f" trains {', '.join(stage.train).replace('_', ' ')};"
         f" λ feature {stage.lambda_feature:g}, λ balance {stage.lambda_balance:g}"
     )
 

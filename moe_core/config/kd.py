@@ -32,7 +32,9 @@ class KDStageConfig(Section):
     lambda_balance: float = Field(1e-2, ge=0)
     train: tuple[Part, ...] = Field(min_length=1, description="parts of the student whose weights change")
     rates: Mapping[Part, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="learning rate of a part over the optimizer's; 1 for parts that are not named"
+        {},
+        description="learning rate of a part over the optimizer's; 1 for parts that are not named. On the command line: one more"
+        " `+kd.moe.rates.router=0.1`, none `~kd.moe.rates`",
     )
     gradient_checkpointing: bool = False
     validate_every: int = Field(gt=0)
@@ -42,7 +44,9 @@ class KDStageConfig(Section):
         if "all" in self.rates:
             raise ValueError("rates has all; the rate of all parts is optimizer.learning_rate")
         if idle := [part for part in self.rates if part not in self.train and "all" not in self.train]:
-            raise ValueError(f"rates has {idle[0]}, which does not train; train is {', '.join(self.train)}")
+            raise ValueError(
+                f"rates has {idle[0]}, which does not train; train is {', '.join(self.train)} (an override ~...rates drops a preset's)"
+            )
         return self
 
 

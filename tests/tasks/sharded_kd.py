@@ -66,7 +66,10 @@ class Distillation:
         self.student = student
         stage = make_stage(kind, lambda_balance=0.1, gradient_checkpointing=sharded)
         self.module = KDStep(student, teacher, stage)
-        self.rates: dict[str, float] = {}
+        # Of some weights, so that what is said of sharded training is said of rates too.
+        self.rates = {
+            f"student.{name}": 0.5 for name, _ in student.named_parameters() if name.endswith("norm.linear.weight")
+        }
 
     def batch(self, positions: Sequence[int]) -> KDBatch:
         last = self.worker.rank == self.worker.size - 1

@@ -10,8 +10,8 @@ import torch
 
 from moe_core import accounting
 from moe_core.config import Params
-from moe_core.transformer import FluxMoETransformer2DModel
-from tasks import training
+from moe_core.transformer import PARTS, FluxMoETransformer2DModel
+from tasks import moe_kd, training
 from tasks.phase import PRODUCT, Phase
 from tasks.plan_costs import Costs
 from tasks.plan_teacher import describe
@@ -99,6 +99,28 @@ def test_the_plan_counts_what_is_made(made: dict[str, FluxMoETransformer2DModel]
     configs = Costs(small, describe(small.model)).configs
     for name, model in made.items():
         assert accounting.count(configs[name]) == accounting.count(model), name
+
+
+def test_a_parts_rate_is_that_of_its_parameters_alone(root: Path, small: Params) -> None:
+    kd = small.kd.moe.model_copy(update={"rates": {"conditioning": 0.25, "experts": 2.0}})
+    changed = small.model_copy(update={"kd": small.kd.model_copy(update={"moe": kd})})
+    trainee = moe_kd.build(CPU, str(root), changed.model_dump(mode="json"), str(root / "rated"))
+    parts = trainee.student.parts()
+    factors = {
+        part: {
+            trainee.rates.get(f"student.{n}")
+            for n, p in trainee.student.named_parameters()
+            if any(p is own for own in parameters)
+        }
+        for part, parameters in parts.items()
+        if parameters
+    }
+    assert factors == {"shared": {None}, "conditioning": {0.25}, "experts": {2.0}, "router": {None}, "rest": {None}}
+    assert all(name in dict(trainee.module.named_parameters()) for name in trainee.rates)
+
+
+def test_groups_of_small_plus_keep_the_routers_that_were_drawn() -> None:
+    assert {*PARTS} - {*params("mob=small-plus").kd.mob.train} == {"block_router", "gap_blocks"}
 
 
 def test_presets_fit_their_models() -> None:

@@ -44,10 +44,11 @@ class Trivial:
         mark: str | None,
         nan_at: int | None,
         steep_at: int | None = None,
+        rates: dict[str, float] | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.module = Linear()
-        self.rates: dict[str, float] = {}
+        self.rates = rates or {}
         self.seconds, self.kill_at, self.mark, self.nan_at = steps_seconds, kill_at, mark, nan_at
         self.steep_at = steep_at
 
@@ -86,8 +87,9 @@ def build(
     mark: str | None = None,
     nan_at: int | None = None,
     steep_at: int | None = None,
+    rates: dict[str, float] | None = None,
 ) -> Trivial:
-    return Trivial(seconds, kill_at, mark, nan_at, steep_at)
+    return Trivial(seconds, kill_at, mark, nan_at, steep_at, rates)
 
 
 def build_frozen(device: torch.device) -> Trivial:
