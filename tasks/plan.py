@@ -18,6 +18,7 @@ from moe_core.errors import Dense2MoEError
 from tasks import outs
 from tasks.params import compose
 from tasks.plan_costs import Costs, StageCost
+from tasks.plan_studies import studies
 from tasks.plan_teacher import describe
 from tasks.project import read_params, validated
 
@@ -30,7 +31,8 @@ KEPT_FREE = 0.05
 def plan(root: Path, overrides: Sequence[str]) -> tuple[str, bool]:
     """The plan of the parameters that the overrides compose, or of params.yaml, in Markdown; and whether it fits."""
     params = validated(yaml.safe_load(compose(root, list(overrides))), "params/") if overrides else read_params(root)
-    stages = Costs(params, describe(params.model)).stages()
+    teacher = describe(params.model)
+    stages = [*Costs(params, teacher).stages(), *studies(params, teacher)]
     return render(params, stages), not crowded(params, stages)
 
 

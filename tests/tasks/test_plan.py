@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from moe_core import accounting, sampling, small_flux
-from moe_core.config import OptimizerConfig, Params, parse
+from moe_core.config import OptimizerConfig, Params, StudyConfig, parse
 from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import ConfigError
@@ -26,6 +26,7 @@ from tasks.generation import Generator, Unit
 from tasks.params import compose
 from tasks.phase import Phase
 from tasks.plan_costs import Costs, StageCost
+from tasks.plan_studies import studies
 from tasks.plan_teacher import describe
 from tasks.shard_workers import Encoder
 from tests.tasks import sharded_kd
@@ -329,3 +330,27 @@ def test_bad_overrides_end_with_one_line(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("sys.argv", ["dense2moe", "plant"])
     assert command.main() == 2
     assert "usage: dense2moe plan" in capsys.readouterr().err
+
+
+def test_a_study_takes_what_its_runs_take(small: Params) -> None:
+    arm = {"stage": "moe_kd", "share": 1, "joint": True, "kd": {}, "moe": {}, "mob": {}}
+    study = {
+        "title": "t",
+        "seeds": [0, 1],
+        "budgets": {"short": 5, "long": 10},
+        "batch_size": 16,
+        "prompts": 8,
+        "claims": {},
+    }
+    read = StudyConfig.model_validate(study | {"arms": {"one": arm | {"after": None, "level": None, "baseline": None}}})
+    teacher = describe(small.model)
+    [found] = studies(small.model_copy(update={"studies": {"some": read}}), teacher)
+    optim = small.kd.moe.optimizer.model_copy(update={"steps": 10, "batch_size": 16})
+    stage = small.kd.moe.model_copy(update={"optimizer": optim, "validate_every": 2})
+    costs = Costs(small, teacher)
+    training = costs.distillation("moe_kd", stage, costs.configs["L"])
+    pictures = costs.evaluation("L").flops * 8 / small.eval.prompts
+    assert found.stage == "study_runs@some"
+    assert found.work == "4 trainings, 30 steps of 16; pictures"
+    assert found.flops == pytest.approx(2 * (training.flops * 1.5 + 2 * pictures))
+    assert found.peak >= training.peak
