@@ -2,11 +2,12 @@
 
 - A backend is a function (x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF) -> y_TD: the second term of eq. 2,
   y[t] = sum_k gates[t, k] * W2[e] GELU(W1[e] x[t] + b1[e]), with e = indices[t, k].
-- `loop` is the plain one, in any precision (gradients are checked on it in fp64); `grouped_mm` is torch's grouped
-  matrix product; `megablocks` is that of the paper's own measurements, for CUDA machines where `make gpu` has installed
-  it.
+- `loop` is the plain one, in any precision, with autograd's own backward pass: what the others are tested against.
+- `by_expert`, `grouped_mm` and `triton` are `moe_core.grouped`: the same sums with a backward pass of their own.
+- `megablocks` is that of the paper's own measurements, for CUDA machines where `make gpu` has installed it.
 - All of them sort the tokens by expert, so that each expert reads one contiguous slice and none computes a token that
-  is not its own.
+  is not its own. A token's K results are added in the order of its choices, on every device: the bits are a function of the routing.
+- `auto` is the fastest here, measured once for a size (`moe_core.backend_choice`).
 
 Shapes: T tokens, D width, E experts, F expert width, K top-k, N = T * K rows sorted by expert.
 """
@@ -15,15 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_core import backend_choice, grouped, kernels
 from moe_core.errors import ConfigError
 
-BACKENDS = ("auto", "loop", "grouped_mm", "megablocks")
+BACKENDS = ("auto", "loop", "by_expert", "grouped_mm", "triton", "megablocks")
 
 GROUPED_MM_ALIGNMENT = 16
 """Bytes: `torch.nn.functional.grouped_mm` refuses row strides that are no multiple of it."""
@@ -49,14 +52,51 @@ def run_experts(
         # Neither grouped_mm nor MegaBlocks knows autocast.
         dtype = torch.get_autocast_dtype(device)
         x_TD, w1_EFD, b1_EF, w2_EDF = (t.to(dtype) for t in (x_TD, w1_EFD, b1_EF, w2_EDF))
+    tensors = (x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF)
     if not len(x_TD):
         # A block called on nothing (`MoBGroup.every_block`): not every kernel takes no rows.
         backend = "loop"
     if backend == "auto":
-        # On CPU too: forward and backward of 3,072 tokens at width 64 to 512, one thread, took 0.48 to 0.82 of the
-        # loop's time.
-        backend = "loop" if grouped_mm_fault(x_TD, w1_EFD) else "grouped_mm"
-    return _FUNCTIONS[check_name(backend)](x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF)
+        backend = choose(*tensors)
+    return _FUNCTIONS[check_name(backend)](*tensors)
+
+
+def choose(x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor) -> str:
+    """The backend that `auto` stands for with these tensors: the fastest of `candidates`, measured once for their size."""
+    names = candidates(x_TD, w1_EFD)
+    if len(names) == 1:
+        return names[0]
+    if torch.compiler.is_compiling() or (x_TD.is_cuda and torch.cuda.is_current_stream_capturing()):
+        # Nothing can be measured there. Inductor fuses what surrounds the products by itself.
+        return "grouped_mm" if "grouped_mm" in names else "loop"
+    tensors = (x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF)
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    case = backend_choice.case_of(x_TD, w1_EFD, indices_TK.shape[1], trained)
+    return backend_choice.fastest(case, {name: partial(_once, _FUNCTIONS[name], tensors, trained) for name in names})
+
+
+def candidates(x_TD: Tensor, w1_EFD: Tensor) -> list[str]:
+    """The backends between which `auto` chooses for tensors like these."""
+    names = [] if grouped_mm_fault(x_TD, w1_EFD) else ["grouped_mm"]
+    if not x_TD.is_cuda:
+        return [*names, "by_expert"]
+    if names and kernels.AVAILABLE:
+        names.append("triton")
+    if x_TD.dtype == torch.bfloat16 and _megablocks_ops() is not None:
+        names.append("megablocks")
+    return names or ["loop"]
+
+
+def _once(backend: Callable[..., Tensor], tensors: tuple[Tensor, ...], trained: bool) -> None:
+    """One pass of a layer with these values, backward too if they train; leaves no gradient."""
+    inputs = [tensor.detach().requires_grad_(trained and tensor.requires_grad) for tensor in tensors]
+    with torch.set_grad_enabled(trained):
+        output = backend(*inputs)
+    if trained:
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        torch.autograd.grad(output, wanted, torch.ones_like(output))
+    if output.is_cuda:
+        torch.cuda.synchronize(output.device)
 
 
 def grouped_mm_fault(x_TD: Tensor, w1_EFD: Tensor) -> str | None:
@@ -71,78 +111,37 @@ def grouped_mm_fault(x_TD: Tensor, w1_EFD: Tensor) -> str | None:
     return None
 
 
-class _Order(NamedTuple):
-    """The T * K (token, expert) pairs in the order of their experts."""
-
-    pair_N: Tensor  # sorted row -> flat position in [T, K]
-    row_N: Tensor  # flat position in [T, K] -> sorted row
-    expert_N: Tensor  # the expert of each sorted row
-    ends_E: Tensor  # where each expert's rows end
-
-
-def _sort(indices_TK: Tensor, num_experts: int) -> _Order:
-    flat_N = indices_TK.reshape(-1)
-    # Stable, so that the order of additions, hence every bit of the result, is a function of the routing alone.
-    expert_N, pair_N = flat_N.sort(stable=True)
-    row_N = torch.empty_like(pair_N)
-    row_N[pair_N] = torch.arange(len(pair_N), device=pair_N.device)
-    # Not by bincount, which waits for the device to learn the size of its result.
-    ends_E = torch.searchsorted(expert_N, torch.arange(num_experts, device=expert_N.device), right=True)
-    return _Order(pair_N, row_N, expert_N, ends_E)
-
-
-class _Gather(torch.autograd.Function):
-    """Copies each token to its K rows in expert order.
-
-    Its backward sums the K rows of a token through the inverse permutation; that of `index_select` would add with
-    atomics, in an order that changes from run to run on CUDA.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, pair_N: Tensor, row_N: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(row_N)
-        ctx.top_k = top_k
-        return x_TD.index_select(0, pair_N // top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (row_N,) = ctx.saved_tensors
-        grad_ND = grad_outputs[0]
-        return grad_ND.index_select(0, row_N).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
-
-
-def _combine(y_ND: Tensor, order: _Order, gates_TK: Tensor) -> Tensor:
-    y_TKD = y_ND.index_select(0, order.row_N).unflatten(0, tuple(gates_TK.shape))
-    return (y_TKD * gates_TK.to(y_ND.dtype).unsqueeze(-1)).sum(1)
-
-
 def _loop(x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor) -> Tensor:
-    order = _sort(indices_TK, len(w1_EFD))
-    x_ND = _Gather.apply(x_TD, order.pair_N, order.row_N, indices_TK.shape[1])
+    order = grouped.sort(indices_TK, len(w1_EFD))
     outputs = []
-    for x_nD, w1_FD, b1_F, w2_DF in zip(x_ND.tensor_split(order.ends_E[:-1].tolist()), w1_EFD, b1_EF, w2_EDF):
+    for x_nD, w1_FD, b1_F, w2_DF in zip(
+        x_TD.index_select(0, order.token_N).split(order.counts()), w1_EFD, b1_EF, w2_EDF
+    ):
         outputs.append(F.linear(F.gelu(F.linear(x_nD, w1_FD, b1_F), approximate="tanh"), w2_DF))
-    return _combine(torch.cat(outputs), order, gates_TK)
+    y_TKD = torch.cat(outputs).index_select(0, order.row_TK.flatten()).unflatten(0, tuple(gates_TK.shape))
+    return (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
 def _grouped_mm(
-    x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor
+    x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor, fused: bool
 ) -> Tensor:
+    name = "triton" if fused else "grouped_mm"
     fault = grouped_mm_fault(x_TD, w1_EFD)
+    if fused and not fault:
+        fault = kernels.fault(x_TD)
     if fault:
-        raise ConfigError(f"expert backend 'grouped_mm' cannot be used: {fault}")
-    order = _sort(indices_TK, len(w1_EFD))
-    offsets_E = order.ends_E.to(torch.int32)
-    x_ND = _Gather.apply(x_TD, order.pair_N, order.row_N, indices_TK.shape[1])
-    h_NF = F.grouped_mm(x_ND, w1_EFD.transpose(1, 2), offs=offsets_E) + _bias(order.expert_N, b1_EF)
-    y_ND = F.grouped_mm(F.gelu(h_NF, approximate="tanh"), w2_EDF.transpose(1, 2), offs=offsets_E)
-    return _combine(y_ND, order, gates_TK)
+        raise ConfigError(f"expert backend '{name}' cannot be used: {fault}")
+    return grouped.all_experts(x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF, fused)
 
 
-def _bias(expert_N: Tensor, b1_EF: Tensor) -> Tensor:
-    # A product with one-hot rows, exact in any precision: its backward is a matrix product too, whereas that of an
-    # index would add thousands of rows into each bias one by one.
-    return F.one_hot(expert_N, len(b1_EF)).to(b1_EF.dtype) @ b1_EF
+def _megablocks_ops() -> tuple[Any, Any] | None:
+    try:
+        # Imported here: it is an extra that only CUDA machines can have, and its import fails elsewhere.
+        import grouped_gemm.ops as grouped_gemm
+        from megablocks import ops
+    except ImportError:
+        return None
+    return ops, grouped_gemm
 
 
 def _megablocks(
@@ -150,18 +149,14 @@ def _megablocks(
 ) -> Tensor:
     if x_TD.device.type != "cuda":
         raise ConfigError(f"expert backend 'megablocks' needs a CUDA device; the tensors are on {x_TD.device}")
-    try:
-        # Imported here: it is an extra that only CUDA machines can have, and its import fails elsewhere.
-        import grouped_gemm.ops as grouped_gemm
-        from megablocks import ops
-    except ImportError as error:
-        raise ConfigError(
-            f"expert backend 'megablocks' is not installed ({error}); run `make gpu`, or choose grouped_mm or loop"
-        ) from error
+    found = _megablocks_ops()
+    if found is None:
+        raise ConfigError("expert backend 'megablocks' is not installed; run `make gpu`, or choose grouped_mm or loop")
     if x_TD.dtype != torch.bfloat16:
         raise ConfigError(f"expert backend 'megablocks' computes in bfloat16; the tensors are {x_TD.dtype}")
 
     # MegaBlocks' own dMoE layer has no expert biases, FLUX has them: hence its operations one by one.
+    ops, grouped_gemm = found
     num_experts, top_k = len(w1_EFD), indices_TK.shape[1]
     with torch.no_grad():
         flat_N = indices_TK.reshape(-1).to(torch.int32)
@@ -170,13 +165,18 @@ def _megablocks(
         bins_E = ops.inclusive_cumsum(counts_E, 0).view(num_experts)
         sizes_E = counts_E.cpu().to(torch.int64)  # grouped_gemm wants them on the host
     x_ND = ops.gather(x_TD.contiguous(), pair_N, expert_N, bins_E, top_k)
-    h_NF = grouped_gemm.gmm(x_ND, w1_EFD, sizes_E, trans_b=True) + _bias(expert_N.long(), b1_EF)
+    # A product with one-hot rows, exact in any precision: its backward is a matrix product too, whereas that of an
+    # index would add thousands of rows into each bias one by one.
+    bias_NF = F.one_hot(expert_N.long(), num_experts).to(b1_EF.dtype) @ b1_EF
+    h_NF = grouped_gemm.gmm(x_ND, w1_EFD, sizes_E, trans_b=True) + bias_NF
     y_ND = grouped_gemm.gmm(F.gelu(h_NF, approximate="tanh"), w2_EDF, sizes_E, trans_b=True)
     return ops.scatter(y_ND, pair_N, expert_N, gates_TK.to(y_ND.dtype).flatten(), bins_E, top_k)
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "loop": _loop,
-    "grouped_mm": _grouped_mm,
+    "by_expert": grouped.by_expert,
+    "grouped_mm": partial(_grouped_mm, fused=False),
+    "triton": partial(_grouped_mm, fused=True),
     "megablocks": _megablocks,
 }

@@ -149,4 +149,6 @@ class MoELayer(nn.Module):
             self.b1_EF,
             self.w2_EDF,
         )
-        return output + routed_TD.reshape(output.shape).to(output.dtype)
+        # In place: nothing needs the shared expert's output by itself.
+        output += routed_TD.reshape(output.shape)
+        return output

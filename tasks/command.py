@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 USAGE = """usage: dense2moe plan [KEY=VALUE ...]
+       dense2moe backends
 
-plan   what a run will build and take, before it starts: dense2moe plan experiment=flux1-moe-l compute=h100x8 data.path=/tars"""
+plan       what a run will build and take, before it starts: dense2moe plan experiment=flux1-moe-l compute=h100x8 data.path=/tars
+backends   which backend computes the experts on this machine, by size: what `compute.expert_backend=auto` has measured"""
 
 
 def main() -> int:
@@ -17,8 +19,23 @@ def main() -> int:
             from tasks import plan
 
             return plan.main(rest)
+        case ["backends"]:
+            print(backends())
+            return 0
         case ["-h" | "--help"]:
             print(USAGE)
             return 0
     print(USAGE, file=sys.stderr)
     return 2
+
+
+def backends() -> str:
+    """The table of measured choices, in Markdown."""
+    from moe_core import backend_choice
+
+    rows = backend_choice.table()
+    if not rows:
+        return f"no choice has been measured yet ({backend_choice.path()})"
+    lines = ["| " + " | ".join(row.values()) + " |" for row in rows]
+    head = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
+    return "\n".join([str(backend_choice.path()), "", head, *lines])

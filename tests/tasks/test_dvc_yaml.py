@@ -38,6 +38,7 @@ PLUMBING = {
     "moe_core/dtensors.py": "where weights lie (tested: equal to one worker's)",
     "moe_core/sharding.py": "the same",
     "moe_core/buffers.py": "memory that is used again",
+    "moe_core/backend_choice.py": "takes one of several backends that are equal to rounding (tested)",
     "moe_core/shards.py": "reads and writes tensors as they are (tested)",
     "tasks/stage.py": "opens and closes what a stage runs in",
     "tasks/tracking.py": "MLflow; writes no out",

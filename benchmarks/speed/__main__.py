@@ -1,0 +1,116 @@
+"""Everything that this package measures, in one run.
+
+python -m benchmarks.speed                                  CPU, under ten minutes: benchmarks/results/speed-cpu.{json,md,svg}
+python -m benchmarks.speed --device cuda                    FLUX.1's size: benchmarks/results/speed-cuda.{json,md,svg}
+python -m benchmarks.speed --only layer                     a part of it; the others' results stay as they are
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.speed import growth, kd_step, layer, models, tables
+from moe_core import backend_choice
+from moe_core.dry_run import Inputs
+
+RESULTS = Path("benchmarks/results")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on, and with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else backend_choice.processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "diffusers", "transformers")},
+    }
+
+
+def sections(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Name -> what measures it."""
+    if device.type == "cuda":
+        return {
+            "layer": lambda: [layer.measure(case, device) for case in layer.cases(device)],
+            "models": lambda: _full_size(device),
+            "kd_step": lambda: kd_step.measure(models.of_gpu(), torch.bfloat16, device, Inputs(1, 4096, 512)),
+            "growth": lambda: growth.measure(device, torch.bfloat16),
+        }
+    precisions = (torch.float32, torch.bfloat16)
+    return {
+        "layer": lambda: [layer.measure(case, device) for case in layer.cases(device)],
+        "models": lambda: [
+            *(models.measure(models.of_cpu(), dtype, device) for dtype in precisions),
+            models.measure(models.of_cpu(), torch.float32, device, skewed=True, rounds=3),
+            models.measure(models.of_cpu(), torch.float32, device, samples=4, image=256, text=64),
+        ],
+        "kd_step": lambda: kd_step.measure(models.of_cpu(), torch.float32, device, Inputs(2, 256, 64)),
+        "growth": lambda: growth.measure(device, torch.float32),
+    }
+
+
+def _full_size(device: torch.device) -> list[dict[str, Any]]:
+    """The paper's Table 1; a pair of models in memory at a time, as eight do not fit."""
+    found = []
+    for samples in (1, 4):
+        for compiled in (False, True):
+            for skewed in (False, True):
+                if skewed and (compiled or samples > 1):
+                    continue
+                whole: dict[str, Any] = {}
+                for name, config in models.of_gpu().items():
+                    if name == "dense":
+                        continue
+                    pair = models.measure(
+                        {"dense": models.of_gpu()["dense"], name: config},
+                        torch.bfloat16,
+                        device,
+                        samples=samples,
+                        image=4096,
+                        text=512,
+                        skewed=skewed,
+                        compiled=compiled,
+                        rounds=10,
+                    )
+                    whole = {**pair, "models": {**whole.get("models", {}), **pair["models"]}}
+                    torch.cuda.empty_cache()
+                found.append(whole)
+    return found
+
+
+def main() -> int:
+    """Measures, and writes what it has after each section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", nargs="+", choices=["layer", "models", "kd_step", "growth"])
+    parser.add_argument("--to", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    device, target = torch.device(given.device), given.to / f"speed-{given.device}"
+    file = target.with_suffix(".json")
+    report: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and given.only else {}
+    report["machine"] = machine(device)
+    for name, run in sections(device).items():
+        if given.only and name not in given.only:
+            continue
+        began = time.perf_counter()
+        report[name] = run()
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        given.to.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n")
+    target.with_suffix(".md").write_text(tables.markdown(report, target.name))
+    tables.plot(report, target.with_suffix(".svg"))
+    print(target.with_suffix(".md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""The MoE FFN over the dense FFN, at FLUX.1's size, beside peers. The arithmetic says 0.375.
+
+Every way has the same router and the same shared expert; what differs is who computes the normal experts. Routing is given, so that all compute
+the same. `balanced`: experts by lot; `skewed`: the i-th most popular expert is i times rarer than the first.
+
+Shapes: as in `moe_core.backends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.speed import peers, timing
+from moe_core import backends
+from moe_core.moe import Router, SharedExpert
+
+WIDTH, HIDDEN, EXPERTS, TOP_K = 3072, 768, 12, 2
+"""of FLUX.1 at 1S12E2A"""
+ARITHMETIC = (1 + TOP_K * HIDDEN / WIDTH) / 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    tokens: int
+    dtype: torch.dtype
+    routing: str
+    trains: bool
+    with_peers: bool
+    rounds: int = 5
+
+
+def routing_of(kind: str, tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """[T, K], K different experts a token."""
+    weight_E = torch.ones(experts) if kind == "balanced" else 1 / torch.arange(1, experts + 1)
+    return torch.multinomial(weight_E.expand(tokens, -1), top_k, generator=generator)
+
+
+class Layer:
+    """A dense FFN, and the parts of a MoE layer of the same size; random weights."""
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        *,
+        width: int = WIDTH,
+        hidden: int = HIDDEN,
+        experts: int = EXPERTS,
+        top_k: int = TOP_K,
+    ):
+        generator = torch.Generator().manual_seed(0)
+        self.case = case
+        with torch.device(device):
+            self.dense = nn.Sequential(
+                nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+            )
+            self.shared = SharedExpert(width, width)
+            self.router = Router(width, experts, top_k)
+            self.weights = [
+                nn.Parameter(torch.randn(*shape) * 0.02)
+                for shape in ((experts, hidden, width), (experts, hidden), (experts, width, hidden))
+            ]
+        for module in (self.dense, self.shared):
+            module.to(case.dtype)
+        for weight in self.weights:
+            weight.data = weight.data.to(case.dtype)
+        self.x_TD = torch.randn(case.tokens, width, generator=generator).to(device, case.dtype)
+        self.x_TD.requires_grad_(case.trains)
+        self.indices_TK = routing_of(case.routing, case.tokens, experts, top_k, generator).to(device)
+
+    def run_dense(self) -> Tensor:
+        """The FFN whose place the layer takes."""
+        return self.dense(self.x_TD)  # type: ignore[no-any-return]
+
+    def run_moe(self, experts: peers.Experts) -> Tensor:
+        """Eq. 2 with the normal experts computed by `experts`, by the given routing."""
+        output_TD = self.shared(self.x_TD)
+        gates_TK = self.router(self.x_TD).probs_TE.gather(1, self.indices_TK)
+        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
+        return output_TD + experts(self.x_TD, gates_TK, self.indices_TK, *self.weights).to(output_TD.dtype)
+
+    def timed(self, run: Callable[[], Tensor]) -> Callable[[], None]:
+        """The pass that the case asks for."""
+
+        def forward() -> None:
+            with torch.no_grad():
+                run()
+
+        def both() -> None:
+            run().backward(self.x_TD.detach())
+            for module in (self.dense, self.shared, self.router):
+                module.zero_grad(set_to_none=True)
+            for tensor in (self.x_TD, *self.weights):
+                tensor.grad = None
+
+        return both if self.case.trains else forward
+
+
+def ours(backend: str = "auto") -> peers.Experts:
+    """Our experts by a backend."""
+    return lambda *tensors: backends.run_experts(backend, *tensors)
+
+
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """One row: times of all ways, the dense FFN first; `choice`: the backend that `auto` stands for."""
+    layer = Layer(case, device)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "dense FFN": layer.run_dense,
+        "ours": lambda: layer.run_moe(ours()),
+        "ours, loop (reference)": lambda: layer.run_moe(ours("loop")),
+    }
+    if case.with_peers:
+        others = peers.peers(layer.weights[0])
+        check(layer, others)
+        ways |= {name: lambda experts=experts: layer.run_moe(experts) for name, experts in others.items()}  # type: ignore[misc]
+    times = timing.in_turn({name: layer.timed(run) for name, run in ways.items()}, device, rounds=case.rounds)
+    with torch.set_grad_enabled(case.trains):
+        gates_TK = torch.ones(layer.indices_TK.shape, device=device)
+        choice = backends.choose(layer.x_TD, gates_TK, layer.indices_TK, *layer.weights)
+    load_E = layer.indices_TK.flatten().bincount(minlength=EXPERTS)
+    return {
+        "tokens": case.tokens,
+        "precision": str(case.dtype).removeprefix("torch."),
+        "routing": case.routing,
+        "largest_load_over_mean": round(float(load_E.max() / load_E.float().mean()), 2),
+        "passes": "forward, backward" if case.trains else "forward",
+        "choice": choice,
+        "times": times,
+    }
+
+
+@torch.no_grad()
+def check(layer: Layer, others: dict[str, peers.Experts]) -> None:
+    """Raises AssertionError if a peer computes something else than we do; Nucleus does, by its nature."""
+    expected = layer.run_moe(ours("loop"))
+    for name, experts in others.items():
+        if "Nucleus" not in name:
+            error = F.mse_loss(layer.run_moe(experts).float(), expected.float()).sqrt() / expected.float().std()
+            assert error < 0.02, f"{name} is off by {error:.3g}"
+
+
+def cases(device: torch.device) -> list[Case]:
+    """What a run measures: on a CPU what ten minutes allow."""
+    gpu = device.type == "cuda"
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (256, 1024, 4608):
+            rows.append(Case(tokens, dtype, "balanced", False, True, 20 if gpu else 5 if tokens < 4608 else 3))
+        rows.append(Case(4608, dtype, "skewed", False, gpu, 20 if gpu else 3))
+        rows.append(Case(1024, dtype, "balanced", True, True, 20 if gpu else 3))
+    rows.append(Case(4608, torch.bfloat16, "balanced", True, gpu, 20 if gpu else 3))
+    return rows

@@ -1,0 +1,113 @@
+"""The choice of a backend: measured once, remembered for this machine, agreed on by processes, and told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_core import backend_choice, backends
+from moe_core.backend_choice import FIELDS, case_of, fastest
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DENSE2MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backend_choice, "_known", {})
+    return tmp_path / "cache" / "backends.json"
+
+
+def case(tokens: int = 100, trained: bool = False, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    return case_of(torch.empty(tokens, 16, dtype=dtype), torch.empty(4, 8, 16), 2, trained)
+
+
+class Counted:
+    """A backend that tells how often it ran, and takes its time."""
+
+    def __init__(self, loops: int) -> None:
+        self.loops, self.calls = loops, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        for _ in range(self.loops):
+            torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+def test_the_fastest_is_measured_once_and_remembered(own_table: Path, monkeypatch: pytest.MonkeyPatch):
+    slow, fast = Counted(400), Counted(1)
+    assert fastest(case(), {"slow": slow, "fast": fast}) == "fast"
+    measured = slow.calls
+    assert fastest(case(), {"slow": slow, "fast": fast}) == "fast"
+    monkeypatch.setattr(backend_choice, "_known", {})  # another process
+    assert fastest(case(), {"slow": slow, "fast": fast}) == "fast"
+    assert slow.calls == measured
+    # A choice that is no candidate any more does not bind.
+    assert fastest(case(), {"slow": slow}) == "slow"
+
+
+def test_cases_differ_by_what_a_choice_holds_for():
+    cases = {case(), case(300), case(trained=True), case(dtype=torch.bfloat16)}
+    assert len(cases) == 4
+    assert case(65) == case(100) == case(128) != case(129)
+    assert len(case()) == len(FIELDS)
+
+
+def test_processes_agree_on_the_first_that_is_written(own_table: Path):
+    first = backend_choice._write(case(), {"a": 1.0, "b": 2.0}, {"a", "b"})
+    later = backend_choice._write(case(), {"a": 2.0, "b": 1.0}, {"a", "b"})
+    assert first["backend"] == later["backend"] == "a"
+    assert len(json.loads(own_table.read_text())) == 1
+
+
+def test_processes_at_once_lose_nothing(own_table: Path):
+    code = """
+import sys, torch
+from moe_core import backend_choice
+for tokens in range(8):
+    case = backend_choice.case_of(torch.empty(1 << tokens, int(sys.argv[1])), torch.empty(4, 8, 16), 2, False)
+    backend_choice.fastest(case, {"only": lambda: None})
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code + f"# {i}", str(i)]) for i in range(1, 3)]
+    assert [process.wait(60) for process in running] == [0, 0]
+    assert len(backend_choice.table()) == 8  # the width that counts is the experts'
+
+
+def test_a_broken_table_is_told_and_made_anew(own_table: Path, caplog: pytest.LogCaptureFixture):
+    own_table.parent.mkdir()
+    own_table.write_text("{")
+    assert fastest(case(), {"only": lambda: None}) == "only"
+    assert str(own_table) in caplog.text
+    assert [row["backend"] for row in backend_choice.table()] == ["only"]
+
+
+def test_a_table_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DENSE2MOE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NotADirectoryError):
+        backend_choice.table()
+    monkeypatch.setattr(backend_choice, "_read", dict)
+    assert fastest(case(), {"only": lambda: None}) == "only"
+    assert "not remembered" in caplog.text
+
+
+def test_auto_is_one_that_can_run_and_leaves_no_gradient(own_table: Path):
+    x_TD, gates_TK = torch.randn(40, 16, requires_grad=True), torch.rand(40, 2)
+    indices_TK = torch.rand(40, 4).topk(2).indices
+    weights = [torch.randn(*shape, requires_grad=True) for shape in ((4, 8, 16), (4, 8), (4, 16, 8))]
+    assert backends.choose(x_TD, gates_TK, indices_TK, *weights) in ("by_expert", "grouped_mm")
+    assert x_TD.grad is None
+    assert all(weight.grad is None for weight in weights)
+    [row] = backend_choice.table()
+    assert row["passes"] == "forward, backward"
+    assert {"by_expert", "grouped_mm"} == {entry.split()[0] for entry in row["times"].split(", ")}
+
+
+def test_command_prints_the_table(own_table: Path):
+    ask = [sys.executable, "-c", "import sys; from tasks.command import main; sys.exit(main())", "backends"]
+    assert "no choice" in subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    fastest(case(), {"only": lambda: None})
+    printed = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    assert "| only |" in printed
+    assert str(own_table) in printed
