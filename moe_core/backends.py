@@ -82,7 +82,7 @@ def candidates(x_TD: Tensor, w1_EFD: Tensor) -> list[str]:
         return [*names, "by_expert"]
     if names and kernels.AVAILABLE:
         names.append("triton")
-    if x_TD.dtype == torch.bfloat16 and _megablocks_ops() is not None:
+    if not _megablocks_fault(x_TD):
         names.append("megablocks")
     return names or ["loop"]
 
@@ -144,16 +144,22 @@ def _megablocks_ops() -> tuple[Any, Any] | None:
     return ops, grouped_gemm
 
 
+def _megablocks_fault(x_TD: Tensor) -> str | None:
+    if x_TD.device.type != "cuda":
+        return f"it needs a CUDA device; the tensors are on {x_TD.device}"
+    if x_TD.dtype != torch.bfloat16:
+        return f"it computes in bfloat16; the tensors are {x_TD.dtype}"
+    if _megablocks_ops() is None:
+        return "it is not installed; run `make gpu`, or choose grouped_mm or loop"
+    return None
+
+
 def _megablocks(
     x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor
 ) -> Tensor:
-    if x_TD.device.type != "cuda":
-        raise ConfigError(f"expert backend 'megablocks' needs a CUDA device; the tensors are on {x_TD.device}")
     found = _megablocks_ops()
-    if found is None:
-        raise ConfigError("expert backend 'megablocks' is not installed; run `make gpu`, or choose grouped_mm or loop")
-    if x_TD.dtype != torch.bfloat16:
-        raise ConfigError(f"expert backend 'megablocks' computes in bfloat16; the tensors are {x_TD.dtype}")
+    if (fault := _megablocks_fault(x_TD)) or found is None:
+        raise ConfigError(f"expert backend 'megablocks' cannot be used: {fault}")
 
     # MegaBlocks' own dMoE layer has no expert biases, FLUX has them: hence its operations one by one.
     ops, grouped_gemm = found
@@ -169,8 +175,9 @@ def _megablocks(
     # index would add thousands of rows into each bias one by one.
     bias_NF = F.one_hot(expert_N.long(), num_experts).to(b1_EF.dtype) @ b1_EF
     h_NF = grouped_gemm.gmm(x_ND, w1_EFD, sizes_E, trans_b=True) + bias_NF
-    y_ND = grouped_gemm.gmm(F.gelu(h_NF, approximate="tanh"), w2_EDF, sizes_E, trans_b=True)
-    return ops.scatter(y_ND, pair_N, expert_N, gates_TK.to(y_ND.dtype).flatten(), bins_E, top_k)
+    a_NF = kernels.gated(h_NF, gates_TK.reshape(-1, 1).index_select(0, pair_N.long()))
+    y_ND = grouped_gemm.gmm(a_NF, w2_EDF, sizes_E, trans_b=True)
+    return ops.scatter(y_ND, pair_N, expert_N, None, bins_E, top_k)
 
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {

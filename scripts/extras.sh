@@ -1,12 +1,15 @@
 #!/bin/sh
 # Tests that need packages beside the lock, in an environment laid over .venv. PEFT brings accelerate, with which diffusers loads weights
-# another way, and no result of the pipeline should hang on a package that only these tests need. torchao is the extra `lowbit`.
+# another way, and no result of the pipeline should hang on a package that only these tests need. torchao is the extra `lowbit`. Triton comes
+# with torch's CUDA builds; here its interpreter runs the kernels on the CPU. MegaBlocks without nvcc is its Python alone.
 set -eu
 .venv/bin/python -m venv .venv-extras
 site=$(.venv-extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/venv.pth"
-.venv-extras/bin/pip install -q --no-deps --disable-pip-version-check peft==0.21.2 accelerate==1.15.0 torchao==0.18.0
+.venv-extras/bin/pip install -q --no-deps --disable-pip-version-check peft==0.21.2 accelerate==1.15.0 torchao==0.18.0 triton==3.9.0
+.venv-extras/bin/pip install -q --no-deps --no-build-isolation --disable-pip-version-check megablocks==0.10.0
 .venv-extras/bin/python -m pytest -p no:cacheprovider tests/moe_core/test_lora_peft.py
+TRITON_INTERPRET=1 .venv-extras/bin/python -m pytest -p no:cacheprovider tests/moe_core/test_kernels.py
 # torchao compiles its step where it can; a compiler for the CPU is not asked for.
 TORCHDYNAMO_DISABLE=1 exec .venv-extras/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -k eight_bit \
     tests/tasks/test_checkpoints.py tests/tasks/test_sharded_training.py tests/tasks/test_plan.py

@@ -1,9 +1,13 @@
-"""The Triton kernels in Triton's interpreter, on a CPU: against the same in torch's own operations. `make extras` has Triton."""
+"""The Triton kernels, ours and MegaBlocks', in Triton's interpreter on a CPU: against the same in torch's own operations. `make extras` has both."""
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, distribution
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from moe_core import grouped, kernels
+from moe_core import backends, grouped, kernels
 
 pytestmark = pytest.mark.skipif(
     not (kernels.AVAILABLE and kernels.INTERPRETED), reason="needs Triton and TRITON_INTERPRET=1 (`make extras`)"
@@ -61,23 +65,98 @@ def test_sum_of_slots(width: int, top_k: int):
     assert torch.equal(kernels.fused_sum_of_slots(y_ND, row_TK), grouped._sum_of_slots(y_ND, row_TK))
 
 
+def gradients(run, x_TD, gates_TK, indices_TK, weights, dtype) -> list[torch.Tensor]:
+    """The output and all gradients of a backend."""
+    inputs = [tensor.to(dtype) for tensor in (x_TD, *weights)]
+    inputs.insert(1, gates_TK.to(torch.promote_types(dtype, torch.float32)))
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = run(inputs[0], inputs[1], indices_TK, *inputs[2:])
+    output.sum().backward()
+    return [output.detach(), *(tensor.grad for tensor in inputs)]
+
+
+def compare(run, dtype: torch.dtype, top_k: int = 2) -> None:
+    """A backend against fp64, with rounded values and an expert without tokens."""
+    torch.manual_seed(0)
+    x_TD, gates_TK = torch.randn(30, 16).to(dtype), torch.rand(30, top_k)
+    indices_TK = torch.rand(30, 5).topk(top_k).indices
+    weights = [(torch.randn(*shape) / 4).to(dtype) for shape in ((6, 8, 16), (6, 8), (6, 16, 8))]
+    exact = gradients(grouped.by_expert, x_TD, gates_TK, indices_TK, weights, torch.float64)
+    for wanted, own in zip(exact, gradients(run, x_TD, gates_TK, indices_TK, weights, dtype)):
+        error = (own.double() - wanted).norm() / wanted.norm()
+        assert float(error) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_backend(dtype: torch.dtype):
-    torch.manual_seed(0)
-    x_TD, gates_TK = torch.randn(30, 16).to(dtype), torch.rand(30, 2)
-    indices_TK = torch.rand(30, 6)[:, :5].topk(2).indices  # the sixth expert has no token
-    weights = [(torch.randn(*shape) / 4).to(dtype) for shape in ((6, 8, 16), (6, 8), (6, 16, 8))]
-    found = []
-    for computed in (torch.float64, dtype):
-        inputs = [tensor.to(computed) for tensor in (x_TD, *weights)]
-        inputs.insert(1, gates_TK.to(torch.promote_types(computed, torch.float32)))
-        inputs = [tensor.requires_grad_() for tensor in inputs]
-        if computed == torch.float64:
-            output = grouped.by_expert(inputs[0], inputs[1], indices_TK, *inputs[2:])
-        else:
-            output = grouped.all_experts(inputs[0], inputs[1], indices_TK, *inputs[2:], fused=True)
-        output.sum().backward()
-        found.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    for exact, own in zip(*found):
-        error = (own.double() - exact.double()).norm() / exact.double().norm()
-        assert float(error) < (1e-5 if dtype == torch.float32 else 1e-2)
+    compare(lambda *tensors: grouped.all_experts(*tensors, fused=True), dtype)
+
+
+def megablocks_kernels() -> ModuleType:
+    """MegaBlocks' Triton kernels. Its package cannot be imported here: the rest of it is compiled for CUDA."""
+    try:
+        file = distribution("megablocks").locate_file("megablocks/backend/kernels.py")
+    except PackageNotFoundError:
+        pytest.skip("needs MegaBlocks (`make extras`)")
+    spec = importlib.util.spec_from_file_location("megablocks_kernels", str(file))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for kernel in (module._padded_copy, module._padded_copy_wgrad):
+        # Which of them is the fastest cannot be timed here.
+        kernel.configs = kernel.configs[:1]
+    return module
+
+
+class Gather(torch.autograd.Function):
+    """As MegaBlocks' own: its backward pass is its other kernel."""
+
+    @staticmethod
+    def forward(ctx, kernels, x, pair, expert, bins, top_k):
+        ctx.kept = kernels, pair, expert, bins, top_k
+        return kernels.gather(x, pair, expert, None, bins, top_k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kernels, pair, expert, bins, top_k = ctx.kept
+        return None, kernels.scatter(grad.contiguous(), pair, expert, None, bins, top_k), None, None, None, None
+
+
+class Scatter(torch.autograd.Function):
+    """As MegaBlocks' own, without weights."""
+
+    @staticmethod
+    def forward(ctx, kernels, x, pair, expert, bins, top_k):
+        ctx.kept = kernels, pair, expert, bins, top_k
+        return kernels.scatter(x, pair, expert, None, bins, top_k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kernels, pair, expert, bins, top_k = ctx.kept
+        return None, kernels.gather(grad.contiguous(), pair, expert, None, bins, top_k), None, None, None, None
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_megablocks(top_k: int, monkeypatch: pytest.MonkeyPatch):
+    # Of MegaBlocks these are its Triton kernels; what it has compiled for CUDA (sort, histogram, cumsum, grouped_gemm) is torch's here.
+    triton_kernels = megablocks_kernels()
+
+    def sort(flat_N, bits):
+        expert_N, pair_N = flat_N.sort(stable=True)
+        assert int(flat_N.max()) < 1 << bits
+        return expert_N, pair_N.to(torch.int32)
+
+    def gmm(rows, weights, sizes, trans_b):
+        assert trans_b
+        parts = [part @ weight.T for part, weight in zip(rows.split(sizes.tolist()), weights)]
+        return torch.cat(parts)
+
+    ops = SimpleNamespace(
+        sort=sort,
+        histogram=lambda flat_N, count: flat_N.bincount(minlength=count).to(torch.int32),
+        inclusive_cumsum=lambda counts_E, dim: counts_E.cumsum(dim).to(torch.int32),
+        gather=lambda x, pair, expert, bins, k: Gather.apply(triton_kernels, x, pair, expert, bins, k),
+        scatter=lambda x, pair, expert, weights, bins, k: Scatter.apply(triton_kernels, x, pair, expert, bins, k),
+    )
+    monkeypatch.setattr(backends, "_megablocks_ops", lambda: (ops, SimpleNamespace(gmm=gmm)))
+    monkeypatch.setattr(backends, "_megablocks_fault", lambda x_TD: None)
+    compare(backends._FUNCTIONS["megablocks"], torch.bfloat16, top_k)
