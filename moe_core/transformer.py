@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings, CombinedTimestepTextProjEmbeddings
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
@@ -65,6 +66,8 @@ MOB_DEFAULTS: dict[str, Any] = {
 `config.MoBConfig`."""
 
 BLOCKS = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxMoESingleTransformerBlock"]
+
+CPU = torch.device("cpu")
 
 _CONDITIONED_NORMS = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
 _EMBEDDINGS = (CombinedTimestepTextProjEmbeddings, CombinedTimestepGuidanceTextProjEmbeddings)
@@ -258,6 +261,36 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         """Chooses what computes the normal experts: auto, loop, grouped_mm or megablocks. Not saved."""
         for layer in self._moe_layers():
             layer.backend = backends.check_name(backend)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = CPU,
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """As diffusers'; of a MoB group only the blocks that a sample chose are brought to the device, one after the other.
+
+        Raises ConfigError where there are groups, for streams (diffusers fetches ahead in the order of the first call, and samples choose other
+        blocks) and for several blocks at once.
+        """
+        groups = {name: module for name, module in self.named_modules() if isinstance(module, MoBGroup)}
+        if groups and options.get("use_stream"):
+            raise ConfigError(
+                "use_stream is True; a model with MoB groups cannot fetch ahead: samples choose other blocks"
+            )
+        if groups and offload_type == "block_level":
+            if options.setdefault("num_blocks_per_group", 1) != 1:
+                raise ConfigError(
+                    f"num_blocks_per_group is {options['num_blocks_per_group']}; with MoB groups it must be 1"
+                )
+            for name, group in groups.items():
+                own = dict(options)
+                if folder := options.get("offload_to_disk_path"):
+                    own["offload_to_disk_path"] = os.path.join(folder, name)
+                # Marks the group, too: diffusers then leaves it alone.
+                apply_group_offloading(group, onload_device, offload_device, offload_type, **own)
+        super().enable_group_offload(onload_device, offload_device, offload_type, **options)
 
     def _moe_layers(self) -> list[MoELayer]:
         return [module for module in self.modules() if isinstance(module, MoELayer)]
