@@ -285,12 +285,23 @@ def _batch(model: FluxTransformer2DModel, inputs: Inputs, text: torch.dtype) -> 
 def _fake() -> Iterator[None]:
     with (
         FakeTensorMode(),
-        mock.patch.object(backends, "choose", return_value="grouped_mm"),
-        mock.patch.object(backends, "grouped_mm_fault", return_value=None),
+        mock.patch.object(backends, "choose", _all_at_once),
+        mock.patch.object(backends, "grouped_mm_fault", _no_fault),
         mock.patch.object(F, "grouped_mm", _like_grouped_mm),
         mock.patch.object(MoBGroup, "choices", _in_turn),
     ):
         yield
+
+
+# Functions, as a mock keeps the tensors that it is called with.
+
+
+def _all_at_once(*tensors: Tensor) -> str:
+    return "grouped_mm"
+
+
+def _no_fault(*tensors: Tensor) -> None:
+    return None
 
 
 def _like_grouped_mm(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:

@@ -83,9 +83,12 @@ class Layer:
     def run_moe(self, experts: peers.Experts) -> Tensor:
         """Eq. 2 with the normal experts computed by `experts`, by the given routing."""
         output_TD = self.shared(self.x_TD)
+        return output_TD + self.run_experts(experts).to(output_TD.dtype)  # type: ignore[no-any-return]
+
+    def run_experts(self, experts: peers.Experts) -> Tensor:
+        """Its second term, the router included."""
         gates_TK = self.router(self.x_TD).probs_TE.gather(1, self.indices_TK)
-        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
-        return output_TD + experts(self.x_TD, gates_TK, self.indices_TK, *self.weights).to(output_TD.dtype)
+        return experts(self.x_TD, gates_TK / gates_TK.sum(-1, keepdim=True), self.indices_TK, *self.weights)
 
     def timed(self, run: Callable[[], Tensor]) -> Callable[[], None]:
         """The pass that the case asks for."""
@@ -109,9 +112,9 @@ def ours(backend: str = "auto") -> peers.Experts:
     return lambda *tensors: backends.run_experts(backend, *tensors)
 
 
-def measure(case: Case, device: torch.device) -> dict[str, Any]:
-    """One row: times of all ways, the dense FFN first; `choice`: the backend that `auto` stands for."""
-    layer = Layer(case, device)
+def measure(case: Case, device: torch.device, **sizes: int) -> dict[str, Any]:
+    """One row: times of all ways, the dense FFN first; `choice`: the backend that `auto` stands for. `sizes`: of `Layer`, where not FLUX.1's."""
+    layer = Layer(case, device, **sizes)
     ways: dict[str, Callable[[], Tensor]] = {
         "dense FFN": layer.run_dense,
         "ours": lambda: layer.run_moe(ours()),
@@ -125,7 +128,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     with torch.set_grad_enabled(case.trains):
         gates_TK = torch.ones(layer.indices_TK.shape, device=device)
         choice = backends.choose(layer.x_TD, gates_TK, layer.indices_TK, *layer.weights)
-    load_E = layer.indices_TK.flatten().bincount(minlength=EXPERTS)
+    load_E = layer.indices_TK.flatten().bincount(minlength=len(layer.weights[0]))
     return {
         "tokens": case.tokens,
         "precision": str(case.dtype).removeprefix("torch."),
@@ -140,10 +143,10 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 @torch.no_grad()
 def check(layer: Layer, others: dict[str, peers.Experts]) -> None:
     """Raises AssertionError if a peer computes something else than we do; Nucleus does, by its nature."""
-    expected = layer.run_moe(ours("loop"))
+    expected = layer.run_experts(ours("loop")).float()
     for name, experts in others.items():
         if "Nucleus" not in name:
-            error = F.mse_loss(layer.run_moe(experts).float(), expected.float()).sqrt() / expected.float().std()
+            error = F.mse_loss(layer.run_experts(experts).float(), expected).sqrt() / expected.std()
             assert error < 0.02, f"{name} is off by {error:.3g}"
 
 

@@ -61,6 +61,7 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 def real_step(config: dict[str, Any], kd: KDStageConfig) -> tuple[int, int]:
     """Peaks of the second step's pass and of its update, by real tensors."""
     teacher, student = (FluxMoETransformer2DModel.from_config(c) for c in (DENSE, config))
+    student.set_expert_backend("grouped_mm")  # as a dry one; `by_expert` takes less
     step = KDStep(student, teacher, kd)
     optimizer = adamw(step)
     memory = LiveMemory()
@@ -99,11 +100,8 @@ def test_a_dry_step_takes_what_a_real_one_takes(
     assert dry.update.total == pytest.approx(update, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    ("config", "within"), [(DENSE, 0), (SPARSE, 0.02), (GROUPED, 0.02)], ids=["dense", "moe", "mob"]
-)
+@pytest.mark.parametrize(("config", "within"), [(DENSE, 0), (SPARSE, 0.0), (GROUPED, 0.0)], ids=["dense", "moe", "mob"])
 def test_a_dry_call_has_the_flops_of_the_accounting(config: dict[str, Any], within: float) -> None:
-    """The experts' biases are added by products with one-hot rows, which the accounting leaves out: much only at this width."""
     cost = dry_run.denoising_step(config, INPUTS, torch.float32)
     assert cost.flops == pytest.approx(3 * accounting.flops(config, IMAGE_TOKENS, TEXT_TOKENS).total, rel=within, abs=0)
 
