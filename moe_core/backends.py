@@ -7,7 +7,8 @@
 - `megablocks` is that of the paper's own measurements, for CUDA machines where `make gpu` has installed it.
 - All of them sort the tokens by expert, so that each expert reads one contiguous slice and none computes a token that
   is not its own. A token's K results are added in the order of its choices, on every device: the bits are a function of the routing.
-- `auto` is the fastest here, measured once for a size (`moe_core.backend_choice`).
+- `auto` is the fastest here, measured once for a size (`moe_core.backend_choice`); `by_shape` the first that can run these shapes, the same
+  on every machine.
 
 Shapes: T tokens, D width, E experts, F expert width, K top-k, N = T * K rows sorted by expert.
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from moe_core import backend_choice, grouped, kernels
 from moe_core.errors import ConfigError
 
-BACKENDS = ("auto", "loop", "by_expert", "grouped_mm", "triton", "megablocks")
+BACKENDS = ("auto", "by_shape", "loop", "by_expert", "grouped_mm", "triton", "megablocks")
 
 GROUPED_MM_ALIGNMENT = 16
 """Bytes: `torch.nn.functional.grouped_mm` refuses row strides that are no multiple of it."""
@@ -45,7 +46,7 @@ def run_experts(
     """Sums each token's experts, weighted by their gates (second term of eq. 2).
 
     Under autocast the products run in its precision, whatever the backend. Returns y_TD in the precision computed in.
-    Raises ConfigError if the named backend cannot run these tensors; `auto` always finds one that can.
+    Raises ConfigError if the named backend cannot run these tensors; `auto` and `by_shape` always find one that can.
     """
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
@@ -58,6 +59,8 @@ def run_experts(
         backend = "loop"
     if backend == "auto":
         backend = choose(*tensors)
+    elif backend == "by_shape":
+        backend = candidates(x_TD, w1_EFD)[0]
     return _FUNCTIONS[check_name(backend)](*tensors)
 
 
@@ -76,7 +79,7 @@ def choose(x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b
 
 
 def candidates(x_TD: Tensor, w1_EFD: Tensor) -> list[str]:
-    """The backends between which `auto` chooses for tensors like these."""
+    """The backends between which `auto` chooses for tensors like these; `by_shape` takes the first."""
     names = [] if grouped_mm_fault(x_TD, w1_EFD) else ["grouped_mm"]
     if not x_TD.is_cuda:
         return [*names, "by_expert"]

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,10 @@ def main() -> int:
         given.to.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1) + "\n")
     target.with_suffix(".md").write_text(tables.markdown(report, target.name))
-    tables.plot(report, target.with_suffix(".svg"))
+    if find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+    elif "growth" in report:
+        tables.plot(report, target.with_suffix(".svg"))
     print(target.with_suffix(".md").read_text())
     return 0
 

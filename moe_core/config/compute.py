@@ -37,7 +37,10 @@ class ComputeConfig(Section):
     runs_per_gpu: int = Field(1, gt=0, description="study_runs: trainings side by side on one GPU")
     gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU, for planning")
     tflops: float | None = Field(None, gt=0, description="TFLOPs a second that one GPU sustains, for planning")
-    expert_backend: Literal["auto", "loop", "by_expert", "grouped_mm", "triton", "megablocks"] = "auto"
+    expert_backend: Literal["auto", "by_shape", "loop", "by_expert", "grouped_mm", "triton", "megablocks"] = Field(
+        "auto",
+        description="auto: the fastest here, measured once for a size; by_shape: the same on every machine, so that results repeat to the bit",
+    )
     checkpoint_every: int = Field(gt=0, description="steps between resume checkpoints")
     log_every: int = Field(gt=0)
     max_failures: int = Field(1, ge=0, description="worker crashes that Ray Train restarts from the last checkpoint")

@@ -104,6 +104,16 @@ def test_auto_is_one_that_can_run_and_leaves_no_gradient(own_table: Path):
     assert {"by_expert", "grouped_mm"} == {entry.split()[0] for entry in row["times"].split(", ")}
 
 
+def test_by_shape_asks_nobody(own_table: Path):
+    x_TD, gates_TK = torch.randn(40, 16), torch.rand(40, 2)
+    indices_TK = torch.rand(40, 4).topk(2).indices
+    for hidden, expected in ((8, "grouped_mm"), (6, "by_expert")):  # 24 bytes are no multiple of 16
+        weights = [torch.randn(*shape) for shape in ((4, hidden, 16), (4, hidden), (4, 16, hidden))]
+        found = [backends.run_experts(name, x_TD, gates_TK, indices_TK, *weights) for name in ("by_shape", expected)]
+        assert torch.equal(*found)
+    assert not own_table.exists()
+
+
 def test_command_prints_the_table(own_table: Path):
     ask = [sys.executable, "-c", "import sys; from tasks.command import main; sys.exit(main())", "backends"]
     assert "no choice" in subprocess.run(ask, capture_output=True, text=True, check=True).stdout
