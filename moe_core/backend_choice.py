@@ -25,8 +25,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ROUNDS, PATIENCE = 5, 1.0
-"""Timed rounds of a case, and the seconds after which no further one begins."""
+ROUNDS, LEAST, PATIENCE = 5, 2, 1.0
+"""Timed rounds of a case at most and at least, and the seconds after which no further one begins."""
 
 Case = tuple[str, ...]
 
@@ -50,13 +50,13 @@ def case_of(x_TD: Tensor, w1_EFD: Tensor, top_k: int, trained: bool) -> Case:
 def fastest(case: Case, candidates: Mapping[str, Callable[[], None]]) -> str:
     """The name of the candidate that took least, now or when the case was first met.
 
-    A case whose remembered backend is no candidate any more is measured anew.
+    A case that was measured among other candidates is measured anew. Raises what a candidate raised, if all of them did.
     """
     if _known.get(case) in candidates:
         return _known[case]
     found = _read().get(case)
-    if found is None or found["backend"] not in candidates:
-        found = _write(case, _measure(candidates), candidates)
+    if found is None or found["seconds"].keys() != candidates.keys():
+        found = _write(case, _measure(candidates))
     _known[case] = found["backend"]
     return _known[case]
 
@@ -65,7 +65,10 @@ def table() -> list[dict[str, str]]:
     """What has been measured on this machine, a row a case: FIELDS, `backend`, and `times` of the candidates."""
     rows = []
     for case, found in sorted(_read().items()):
-        times = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in found["seconds"].items())
+        times = ", ".join(
+            f"{name} failed" if seconds is None else f"{name} {1e3 * seconds:.3g} ms"
+            for name, seconds in found["seconds"].items()
+        )
         rows.append({**dict(zip(FIELDS, case)), "backend": found["backend"], "times": times})
     return rows
 
@@ -77,19 +80,30 @@ def path() -> Path:
     return folder / "backends.json"
 
 
-def _measure(candidates: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """The least seconds of each, in turn, after one round that does not count: it takes memory and loads kernels."""
-    seconds: dict[str, float] = {}
+def _measure(candidates: Mapping[str, Callable[[], None]]) -> dict[str, float | None]:
+    """The least seconds of each, in turn, after one round that does not count: it takes memory and loads kernels. None: it failed."""
+    seconds: dict[str, float | None] = {name: None for name in candidates}
+    failed: dict[str, Exception] = {}
     began = time.perf_counter()
     for turn in range(ROUNDS + 1):
         for name, run in candidates.items():
+            if name in failed:
+                continue
             started = time.perf_counter()
-            run()
+            try:
+                run()
+            except Exception as error:  # noqa: BLE001 a kernel that cannot be built here must not stop a model that others can run
+                log.warning("expert backend %s failed where it was measured, and is left out: %r", name, error)
+                failed[name], seconds[name] = error, None
+                continue
             taken = time.perf_counter() - started
             if turn:
-                seconds[name] = min(taken, seconds.get(name, taken))
-        if seconds and time.perf_counter() - began > PATIENCE:
+                best = seconds[name]
+                seconds[name] = taken if best is None else min(taken, best)
+        if turn >= LEAST and time.perf_counter() - began > PATIENCE:
             break
+    if len(failed) == len(candidates):
+        raise failed[next(iter(candidates))]
     return seconds
 
 
@@ -98,24 +112,32 @@ def _read() -> dict[Case, dict[str, Any]]:
         text = path().read_text()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        log.warning("the table of backends cannot be read: %s: %s", path(), error)
+        return {}
     try:
-        return {tuple(entry["case"]): entry for entry in json.loads(text)}
+        return {
+            tuple(entry["case"]): {"backend": entry["backend"], "seconds": dict(entry["seconds"])}
+            for entry in json.loads(text)
+        }
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is no table of backends (%r); it is made anew", path(), error)
         return {}
 
 
-def _write(case: Case, seconds: Mapping[str, float], candidates: Mapping[str, Any]) -> dict[str, Any]:
+def _write(case: Case, seconds: Mapping[str, float | None]) -> dict[str, Any]:
     """Adds a case, unless another process was faster; returns what stands in the file."""
-    entry = {"case": list(case), "backend": min(seconds, key=seconds.__getitem__), "seconds": dict(seconds)}
+    ran = {name: taken for name, taken in seconds.items() if taken is not None}
+    entry = {"backend": min(ran, key=ran.__getitem__), "seconds": dict(seconds)}
     try:
         with _locked():
             entries = _read()
-            if case in entries and entries[case]["backend"] in candidates:
+            if case in entries and entries[case]["seconds"].keys() == seconds.keys():
                 return entries[case]
             entries[case] = entry
             part = path().with_suffix(".partial")
-            part.write_text(json.dumps(list(entries.values()), indent=1) + "\n")
+            lines = [{"case": list(case), **found} for case, found in entries.items()]
+            part.write_text(json.dumps(lines, indent=1) + "\n")
             part.replace(path())
     except OSError as error:
         log.warning("choice of the expert backend is not remembered: %s: %s", path(), error)

@@ -6,9 +6,10 @@
 - `by_expert`, `grouped_mm` and `triton` are `moe_core.grouped`: the same sums with a backward pass of their own.
 - `megablocks` is that of the paper's own measurements, for CUDA machines where `make gpu` has installed it.
 - All of them sort the tokens by expert, so that each expert reads one contiguous slice and none computes a token that
-  is not its own. A token's K results are added in the order of its choices, on every device: the bits are a function of the routing.
-- `auto` is the fastest here, measured once for a size (`moe_core.backend_choice`); `by_shape` the first that can run these shapes, the same
-  on every machine.
+  is not its own. A token's K results are added in the order of its choices. The bits are a function of the routing; `loop`'s gradients on CUDA alone
+  are not, where autograd adds with atomics.
+- `auto` is the fastest here, measured once for a size (`moe_core.backend_choice`); `by_shape` is `grouped_mm` where that can run the shapes, else
+  `by_expert`: the same on every machine.
 
 Shapes: T tokens, D width, E experts, F expert width, K top-k, N = T * K rows sorted by expert.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -60,18 +61,17 @@ def run_experts(
     if backend == "auto":
         backend = choose(*tensors)
     elif backend == "by_shape":
-        backend = candidates(x_TD, w1_EFD)[0]
+        backend = "by_expert" if grouped_mm_fault(x_TD, w1_EFD) else "grouped_mm"
     return _FUNCTIONS[check_name(backend)](*tensors)
 
 
 def choose(x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor) -> str:
     """The backend that `auto` stands for with these tensors: the fastest of `candidates`, measured once for their size."""
     names = candidates(x_TD, w1_EFD)
-    if len(names) == 1:
+    compiling = torch.compiler.is_compiling() or (x_TD.is_cuda and torch.cuda.is_current_stream_capturing())
+    if len(names) == 1 or compiling:
+        # When compiling nothing can be measured, and Inductor fuses what surrounds the products by itself.
         return names[0]
-    if torch.compiler.is_compiling() or (x_TD.is_cuda and torch.cuda.is_current_stream_capturing()):
-        # Nothing can be measured there. Inductor fuses what surrounds the products by itself.
-        return "grouped_mm" if "grouped_mm" in names else "loop"
     tensors = (x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF)
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     case = backend_choice.case_of(x_TD, w1_EFD, indices_TK.shape[1], trained)
@@ -79,27 +79,34 @@ def choose(x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b
 
 
 def candidates(x_TD: Tensor, w1_EFD: Tensor) -> list[str]:
-    """The backends between which `auto` chooses for tensors like these; `by_shape` takes the first."""
-    names = [] if grouped_mm_fault(x_TD, w1_EFD) else ["grouped_mm"]
+    """The backends between which `auto` chooses for tensors like these."""
+    if grouped_mm_fault(x_TD, w1_EFD):
+        return ["by_expert"]
     if not x_TD.is_cuda:
-        return [*names, "by_expert"]
-    if names and kernels.AVAILABLE:
+        return ["grouped_mm", "by_expert"]
+    names = ["grouped_mm"]
+    if kernels.AVAILABLE:
         names.append("triton")
     if not _megablocks_fault(x_TD):
         names.append("megablocks")
-    return names or ["loop"]
+    return names
 
 
 def _once(backend: Callable[..., Tensor], tensors: tuple[Tensor, ...], trained: bool) -> None:
     """One pass of a layer with these values, backward too if they train; leaves no gradient."""
     inputs = [tensor.detach().requires_grad_(trained and tensor.requires_grad) for tensor in tensors]
-    with torch.set_grad_enabled(trained):
+    # Inside a checkpointed block what is saved here must not be taken for the block's own.
+    with torch.set_grad_enabled(trained), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         output = backend(*inputs)
-    if trained:
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        torch.autograd.grad(output, wanted, torch.ones_like(output))
+        if trained:
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            torch.autograd.grad(output, wanted, torch.ones_like(output))
     if output.is_cuda:
         torch.cuda.synchronize(output.device)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def grouped_mm_fault(x_TD: Tensor, w1_EFD: Tensor) -> str | None:
@@ -137,6 +144,7 @@ def _grouped_mm(
     return grouped.all_experts(x_TD, gates_TK, indices_TK, w1_EFD, b1_EF, w2_EDF, fused)
 
 
+@cache
 def _megablocks_ops() -> tuple[Any, Any] | None:
     try:
         # Imported here: it is an extra that only CUDA machines can have, and its import fails elsewhere.

@@ -1,11 +1,12 @@
 """The normal experts with a backward pass of their own, in two orders of work: expert by expert, and all experts at once.
 
 - Kept for the backward pass are the tokens and the experts' hidden units before their GELU. Autograd would keep K copies of every token, K outputs,
-  and the hidden units four times over.
+  and the hidden units before and after it.
 - Gates multiply the hidden units, not the outputs: W2 (g h) = g (W2 h), and F is a quarter of D in the paper's experts.
 - `by_expert` takes one expert's rows through all of its arithmetic before the next: what it works on stays in a CPU's caches, and little
   memory is taken anew, which costs a CPU as much as copying it. It must know how many rows each expert has: on a GPU, a wait for it.
-- `all_experts` never asks: `torch.nn.functional.grouped_mm` reads the experts' bounds where they are. It compiles as one graph.
+- `all_experts` never asks: `torch.nn.functional.grouped_mm` reads the experts' bounds where they are, in bf16 on GPUs of compute capability 9 and 10;
+  elsewhere torch itself waits for them. It compiles as one graph.
 
 Shapes: T tokens, D width, E experts, F expert width, K top-k, N = T * K rows sorted by expert, n those of one expert.
 """
@@ -60,7 +61,7 @@ def sort(indices_TK: Tensor, num_experts: int) -> Order:
     row_N = torch.empty_like(pair_N)
     row_N[pair_N] = torch.arange(len(pair_N), device=pair_N.device)
     # Not by bincount, which waits for the device to learn the size of its result.
-    ends_E = torch.searchsorted(expert_N, torch.arange(num_experts, device=expert_N.device), right=True)
+    ends_E = torch.searchsorted(expert_N, torch.arange(num_experts, device=expert_N.device), right=True, out_int32=True)
     return Order(pair_N, pair_N // indices_TK.shape[1], expert_N, row_N.view_as(indices_TK), ends_E)
 
 
@@ -95,10 +96,6 @@ def _sum_of_slots(y_ND: Tensor, row_TK: Tensor) -> Tensor:
     return F.embedding_bag(row_TK, y_ND, mode="sum")
 
 
-def _save(ctx: Any, tensors: tuple[Tensor, ...], order: Order) -> None:
-    ctx.save_for_backward(*tensors, *order)
-
-
 class _ByExpert(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,7 +117,7 @@ class _ByExpert(torch.autograd.Function):
             u_nF = torch.addmm(b1_EF[expert], x_nD, w1_EFD[expert].t(), out=None if u_NF is None else u_NF[own])
             torch.mm(kernels.gated(u_nF, gate_N1[own]), w2_EDF[expert].t(), out=y_ND[own])
         if u_NF is not None:
-            _save(ctx, (x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF), order)
+            ctx.save_for_backward(x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF, *order)
         return _sum_of_slots(y_ND, order.row_TK)
 
     @staticmethod
@@ -131,27 +128,28 @@ class _ByExpert(torch.autograd.Function):
         dx_ND = x_TD.new_empty(len(u_NF), x_TD.shape[1]) if needs_x else None
         dgate_N1 = torch.empty_like(gate_N1)
         dw1_EFD, dw2_EDF = (_empty(w, needs) for w, needs in ((w1_EFD, needs_w1), (w2_EDF, needs_w2)))
-        db1_EF = torch.zeros_like(b1_EF)
-        idle = [expert for expert, count in enumerate(order.counts()) if not count]
-        for expert, own in order.slices():
+        db1_EF = torch.zeros_like(b1_EF) if needs_b1 else None
+        busy = dict(order.slices())
+        for expert, own in busy.items():
             token_n, u_nF, gate_n1 = order.token_N[own], u_NF[own], gate_N1[own]
             dy_nD = grad_TD.index_select(0, token_n)
             da_nF = dy_nD @ w2_EDF[expert]
             if dw2_EDF is not None:
                 torch.mm(dy_nD.t(), kernels.gated(u_nF, gate_n1), out=dw2_EDF[expert])
             du_nF, dgate_N1[own] = kernels.gated_backward(da_nF, u_nF, gate_n1)
-            if needs_b1:
+            if db1_EF is not None:
                 torch.sum(du_nF, 0, out=db1_EF[expert])
             if dw1_EFD is not None:
                 torch.mm(du_nF.t(), x_TD.index_select(0, token_n), out=dw1_EFD[expert])
             if dx_ND is not None:
                 torch.mm(du_nF, w1_EFD[expert], out=dx_ND[own])
-        for gradient in (dw1_EFD, dw2_EDF):
-            if gradient is not None:
-                gradient[idle] = 0
+        for expert in set(range(len(w1_EFD))) - busy.keys():
+            for gradient in (dw1_EFD, dw2_EDF):
+                if gradient is not None:
+                    gradient[expert].zero_()
         dx_TD = None if dx_ND is None else _sum_of_slots(dx_ND, order.row_TK)
         dgates_TK = dgate_N1[order.row_TK].squeeze(-1) if needs_gates else None
-        return dx_TD, dgates_TK, dw1_EFD, db1_EF if needs_b1 else None, dw2_EDF, None, None
+        return dx_TD, dgates_TK, dw1_EFD, db1_EF, dw2_EDF, None, None
 
 
 def _empty(like: Tensor, needed: bool) -> Tensor | None:
@@ -171,7 +169,7 @@ class _AllExperts(torch.autograd.Function):
         trains: bool,
         fused: bool,
     ) -> Tensor:
-        gate_N1, ends_E = gates_TK.reshape(-1, 1).index_select(0, order.pair_N), order.ends_E.to(torch.int32)
+        gate_N1, ends_E = gates_TK.reshape(-1, 1).index_select(0, order.pair_N), order.ends_E
         h_NF = _product(x_TD.index_select(0, order.token_N), w1_EFD.transpose(1, 2), ends_E)
         if fused:
             u_NF, a_NF = kernels.fused_bias_gated(h_NF, b1_EF, order.expert_N, gate_N1)
@@ -180,7 +178,7 @@ class _AllExperts(torch.autograd.Function):
             a_NF = kernels.gated(u_NF, gate_N1)
         y_ND = _product(a_NF, w2_EDF.transpose(1, 2), ends_E)
         if trains:
-            _save(ctx, (x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF), order)
+            ctx.save_for_backward(x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF, *order)
         ctx.fused = fused
         return kernels.fused_sum_of_slots(y_ND, order.row_TK) if fused else _sum_of_slots(y_ND, order.row_TK)
 
@@ -189,7 +187,7 @@ class _AllExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> Gradients:
         x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF, *of_order = ctx.saved_tensors
         order, (needs_x, needs_gates, needs_w1, needs_b1, needs_w2, *_) = Order(*of_order), ctx.needs_input_grad
-        ends_E, fused = order.ends_E.to(torch.int32), ctx.fused
+        ends_E, fused = order.ends_E, ctx.fused
         dy_ND = grad_TD.index_select(0, order.token_N)
         da_NF = _product(dy_ND, w2_EDF, ends_E)
         dw2_EDF = _product(dy_ND.t(), kernels.gated(u_NF, gate_N1), ends_E) if needs_w2 else None

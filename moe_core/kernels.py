@@ -104,7 +104,8 @@ def fused_bias_gated(h_NF: Tensor, b1_EF: Tensor, expert_N: Tensor, gate_N1: Ten
     rows, width = h_NF.shape
     u_NF, a_NF = torch.empty_like(h_NF), torch.empty_like(h_NF)
     grid = (rows, triton.cdiv(width, BLOCK))
-    _bias_gated[grid](h_NF, b1_EF.contiguous(), expert_N, gate_N1, u_NF, a_NF, width, BLOCK=BLOCK)
+    with torch.cuda.device_of(h_NF):
+        _bias_gated[grid](h_NF, b1_EF.contiguous(), expert_N, gate_N1, u_NF, a_NF, width, BLOCK=BLOCK)
     return u_NF, a_NF
 
 
@@ -112,7 +113,8 @@ def fused_gated_backward(da_NF: Tensor, u_NF: Tensor, gate_N1: Tensor) -> tuple[
     """As `gated_backward`."""
     rows, width = u_NF.shape
     du_NF, dgate_N1 = torch.empty_like(u_NF), torch.empty_like(gate_N1)
-    _gated_backward[(rows,)](da_NF.contiguous(), u_NF, gate_N1, du_NF, dgate_N1, width, BLOCK=BLOCK)
+    with torch.cuda.device_of(u_NF):
+        _gated_backward[(rows,)](da_NF.contiguous(), u_NF, gate_N1, du_NF, dgate_N1, width, BLOCK=BLOCK)
     return du_NF, dgate_N1
 
 
@@ -120,7 +122,7 @@ def fused_sum_of_slots(y_ND: Tensor, row_TK: Tensor) -> Tensor:
     """y_TD, y[t] = sum over k of y_ND[row[t, k]], added in the order of k."""
     (tokens, top_k), width = row_TK.shape, y_ND.shape[1]
     sums_TD = y_ND.new_empty(tokens, width)
-    _sum_of_slots[tokens, triton.cdiv(width, BLOCK)](
-        y_ND.contiguous(), row_TK.contiguous(), sums_TD, width, TOP_K=top_k, BLOCK=BLOCK
-    )
+    grid = (tokens, triton.cdiv(width, BLOCK))
+    with torch.cuda.device_of(y_ND):  # Triton launches on the current device, whatever its tensors lie on
+        _sum_of_slots[grid](y_ND.contiguous(), row_TK.contiguous(), sums_TD, width, TOP_K=top_k, BLOCK=BLOCK)
     return sums_TD

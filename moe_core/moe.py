@@ -149,6 +149,6 @@ class MoELayer(nn.Module):
             self.b1_EF,
             self.w2_EDF,
         )
-        # In place: nothing needs the shared expert's output by itself.
-        output += routed_TD.reshape(output.shape)
-        return output
+        routed_BTD = routed_TD.reshape(output.shape).to(output.dtype)
+        # Where autograd watches, adding in place would copy more: the output is a view of a product.
+        return output + routed_BTD if torch.is_grad_enabled() else output.add_(routed_BTD)

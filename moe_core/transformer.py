@@ -280,7 +280,10 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
                 "use_stream is True; a model with MoB groups cannot fetch ahead: samples choose other blocks"
             )
         if groups and offload_type == "block_level":
-            if options.setdefault("num_blocks_per_group", 1) != 1:
+            # A pipeline hands on None where nothing was said.
+            if options.get("num_blocks_per_group") is None:
+                options["num_blocks_per_group"] = 1
+            if options["num_blocks_per_group"] != 1:
                 raise ConfigError(
                     f"num_blocks_per_group is {options['num_blocks_per_group']}; with MoB groups it must be 1"
                 )

@@ -8,9 +8,11 @@ Shapes: as in `moe_core.backends`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed import peers, timing
 from moe_core import backends
-from moe_core.moe import Router, SharedExpert
+from moe_core.moe import MoELayer, Routing
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 3072, 768, 12, 2
 """of FLUX.1 at 1S12E2A"""
@@ -44,7 +46,7 @@ def routing_of(kind: str, tokens: int, experts: int, top_k: int, generator: torc
 
 
 class Layer:
-    """A dense FFN, and the parts of a MoE layer of the same size; random weights."""
+    """A dense FFN, and a MoE layer of the same size whose routing is given; random weights, no biases of experts."""
 
     def __init__(
         self,
@@ -62,36 +64,43 @@ class Layer:
             self.dense = nn.Sequential(
                 nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
             )
-            self.shared = SharedExpert(width, width)
-            self.router = Router(width, experts, top_k)
-            self.weights = [
-                nn.Parameter(torch.randn(*shape) * 0.02)
-                for shape in ((experts, hidden, width), (experts, hidden), (experts, width, hidden))
-            ]
-        for module in (self.dense, self.shared):
-            module.to(case.dtype)
-        for weight in self.weights:
-            weight.data = weight.data.to(case.dtype)
+            self.moe = MoELayer(width, width, hidden, experts, top_k)
+        nn.init.zeros_(self.moe.b1_EF)
+        for module in (self.dense, self.moe):
+            module.to(case.dtype).requires_grad_(case.trains)
         self.x_TD = torch.randn(case.tokens, width, generator=generator).to(device, case.dtype)
         self.x_TD.requires_grad_(case.trains)
         self.indices_TK = routing_of(case.routing, case.tokens, experts, top_k, generator).to(device)
+        router = self.moe.router.forward
+
+        def given(hidden_states: Tensor) -> Routing:
+            # The router works; what it chose is replaced.
+            probs_TE = router(hidden_states).probs_TE
+            gates_TK = probs_TE.gather(1, self.indices_TK)
+            return Routing(probs_TE, gates_TK / gates_TK.sum(-1, keepdim=True), self.indices_TK)
+
+        self.moe.router.forward = given
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The normal experts'."""
+        return self.moe.w1_EFD, self.moe.b1_EF, self.moe.w2_EDF
 
     def run_dense(self) -> Tensor:
         """The FFN whose place the layer takes."""
         return self.dense(self.x_TD)  # type: ignore[no-any-return]
 
     def run_moe(self, experts: peers.Experts) -> Tensor:
-        """Eq. 2 with the normal experts computed by `experts`, by the given routing."""
-        output_TD = self.shared(self.x_TD)
-        return output_TD + self.run_experts(experts).to(output_TD.dtype)  # type: ignore[no-any-return]
+        """The layer with its normal experts computed by `experts`."""
+        with mock.patch.object(backends, "run_experts", lambda backend, *tensors: experts(*tensors)):
+            return self.moe(self.x_TD)  # type: ignore[no-any-return]
 
     def run_experts(self, experts: peers.Experts) -> Tensor:
-        """Its second term, the router included."""
-        gates_TK = self.router(self.x_TD).probs_TE.gather(1, self.indices_TK)
-        return experts(self.x_TD, gates_TK / gates_TK.sum(-1, keepdim=True), self.indices_TK, *self.weights)
+        """The normal experts alone."""
+        return experts(self.x_TD, self.moe.router(self.x_TD).gates_TK, self.indices_TK, *self.weights)
 
-    def timed(self, run: Callable[[], Tensor]) -> Callable[[], None]:
-        """The pass that the case asks for."""
+    def timed(self, run: Callable[[], Tensor], others: Iterable[nn.Module] = ()) -> Callable[[], None]:
+        """The pass that the case asks for; `others`: what has weights besides."""
 
         def forward() -> None:
             with torch.no_grad():
@@ -99,17 +108,16 @@ class Layer:
 
         def both() -> None:
             run().backward(self.x_TD.detach())
-            for module in (self.dense, self.shared, self.router):
+            self.x_TD.grad = None
+            for module in (self.dense, self.moe, *others):
                 module.zero_grad(set_to_none=True)
-            for tensor in (self.x_TD, *self.weights):
-                tensor.grad = None
 
         return both if self.case.trains else forward
 
 
 def ours(backend: str = "auto") -> peers.Experts:
     """Our experts by a backend."""
-    return lambda *tensors: backends.run_experts(backend, *tensors)
+    return partial(backends.run_experts, backend)
 
 
 def measure(case: Case, device: torch.device, **sizes: int) -> dict[str, Any]:
@@ -120,11 +128,13 @@ def measure(case: Case, device: torch.device, **sizes: int) -> dict[str, Any]:
         "ours": lambda: layer.run_moe(ours()),
         "ours, loop (reference)": lambda: layer.run_moe(ours("loop")),
     }
-    if case.with_peers:
-        others = peers.peers(layer.weights[0])
+    others = peers.peers(layer.weights[0]) if case.with_peers else {}
+    if others:
         check(layer, others)
         ways |= {name: lambda experts=experts: layer.run_moe(experts) for name, experts in others.items()}  # type: ignore[misc]
-    times = timing.in_turn({name: layer.timed(run) for name, run in ways.items()}, device, rounds=case.rounds)
+    weighted = [experts.experts for experts in others.values() if isinstance(experts, peers.Nucleus)]
+    timed = {name: layer.timed(run, weighted) for name, run in ways.items()}
+    times = timing.in_turn(timed, device, rounds=case.rounds)
     with torch.set_grad_enabled(case.trains):
         gates_TK = torch.ones(layer.indices_TK.shape, device=device)
         choice = backends.choose(layer.x_TD, gates_TK, layer.indices_TK, *layer.weights)

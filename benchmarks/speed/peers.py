@@ -2,7 +2,7 @@
 
 - `transformers eager`, `transformers grouped_mm`: what a model of transformers 5 runs with that `_experts_implementation`; eager is the loop
   that its expert classes have as their own forward. Its `batched_mm` copies an expert's weights for each token: 28 times the dense FFN's time at
-  256 tokens, and so left out.
+  256 tokens, and so left out. Biases are 0 here and these two add none: theirs would be in both products, of ours it is one.
 - `diffusers Nucleus, loop`, `diffusers Nucleus, grouped_mm`: `SwiGLUExperts` of diffusers' Nucleus-MoE transformer. It has three matrices an
   expert and no biases: two thirds as wide as ours it does the same arithmetic, but computes something else. Its layer lets experts choose
   tokens; here it gets our tokens, sorted, and its results are added as that layer adds them (`scatter_add_`).
@@ -37,9 +37,8 @@ def _transformers(function: Callable[..., Tensor]) -> Experts:
         x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor
     ) -> Tensor:
         layer = SimpleNamespace(
-            num_experts=len(w1_EFD), has_gate=False, has_bias=True, has_post_expert_norm=False, is_transposed=False,
-            _is_expert_parallel=False, up_proj=w1_EFD, up_proj_bias=b1_EF, down_proj=w2_EDF,
-            down_proj_bias=x_TD.new_zeros(len(w1_EFD), x_TD.shape[1]), act_fn=gelu,
+            num_experts=len(w1_EFD), has_gate=False, has_bias=False, has_post_expert_norm=False, is_transposed=False,
+            _is_expert_parallel=False, up_proj=w1_EFD, down_proj=w2_EDF, act_fn=gelu,
         )  # fmt: skip
         return function(layer, x_TD, indices_TK, gates_TK.to(x_TD.dtype))
 
@@ -55,7 +54,7 @@ def masked_loop(
         token_n, slot_n = torch.where(indices_TK == expert)
         h_nF = gelu(F.linear(x_TD[token_n], w1_EFD[expert], b1_EF[expert]))
         rows_nD = F.linear(h_nF, w2_EDF[expert]) * gates_TK[token_n, slot_n, None].to(x_TD.dtype)
-        y_TD = y_TD.index_add(0, token_n, rows_nD)
+        y_TD.index_add_(0, token_n, rows_nD)
     return y_TD
 
 
@@ -65,7 +64,7 @@ def eager(layer: SimpleNamespace, x_TD: Tensor, indices_TK: Tensor, gates_TK: Te
     mask_EKT = F.one_hot(indices_TK, layer.num_experts).permute(2, 1, 0)
     for (expert,) in mask_EKT.sum(dim=(-1, -2)).nonzero():
         slot_n, token_n = torch.where(mask_EKT[expert])
-        h_nF = gelu(F.linear(x_TD[token_n], layer.up_proj[expert], layer.up_proj_bias[expert]))
+        h_nF = gelu(F.linear(x_TD[token_n], layer.up_proj[expert]))
         rows_nD = F.linear(h_nF, layer.down_proj[expert]) * gates_TK[token_n, slot_n, None]
         y_TD.index_add_(0, token_n, rows_nD.to(y_TD.dtype))
     return y_TD
@@ -83,7 +82,7 @@ def sorted_loop(
         for x_nD, w1, b1, w2 in zip(x_TD[token_N].split(counts), w1_EFD, b1_EF, w2_EDF)
     ]
     weighted_ND = torch.cat(rows) * gates_TK.flatten()[pair_N, None].to(x_TD.dtype)
-    return torch.zeros_like(x_TD).index_add(0, token_N, weighted_ND)
+    return torch.zeros_like(x_TD).index_add_(0, token_N, weighted_ND)
 
 
 class Nucleus:
@@ -102,7 +101,7 @@ class Nucleus:
         token_N = pair_N // indices_TK.shape[1]
         y_ND = self.experts(x_TD[token_N], flat_N.bincount(minlength=len(w1_EFD)))
         y_ND = (y_ND * gates_TK.flatten()[pair_N, None]).to(x_TD.dtype)
-        return torch.zeros_like(x_TD).scatter_add(0, token_N.unsqueeze(-1).expand_as(y_ND), y_ND)
+        return torch.zeros_like(x_TD).scatter_add_(0, token_N.unsqueeze(-1).expand_as(y_ND), y_ND)
 
 
 def peers(w1_EFD: Tensor) -> dict[str, Experts]:

@@ -46,10 +46,7 @@ def _layer(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         title = f"{row['tokens']}, {row['precision']}, {row['routing']} ({row['largest_load_over_mean']:g}), {row['passes']}"
         times = row["times"]
-        cells = [
-            _spread(times[way]) if way == "ours" else f"{times[way]['ratio']:.3f}" if way in times else ""
-            for way in ways
-        ]
+        cells = [_spread(times[way]) if way in times else "" for way in ways]
         body.append([title, f"{times['dense FFN']['median_s']:.3g}", *cells, row["choice"]])
     yield _table(head, body)
     yield "In brackets behind the routing: the most popular expert's tokens over the mean.\n"

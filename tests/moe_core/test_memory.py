@@ -100,10 +100,10 @@ def test_a_dry_step_takes_what_a_real_one_takes(
     assert dry.update.total == pytest.approx(update, rel=0.03)
 
 
-@pytest.mark.parametrize(("config", "within"), [(DENSE, 0), (SPARSE, 0.0), (GROUPED, 0.0)], ids=["dense", "moe", "mob"])
-def test_a_dry_call_has_the_flops_of_the_accounting(config: dict[str, Any], within: float) -> None:
+@pytest.mark.parametrize("config", [DENSE, SPARSE, GROUPED], ids=["dense", "moe", "mob"])
+def test_a_dry_call_has_the_flops_of_the_accounting(config: dict[str, Any]) -> None:
     cost = dry_run.denoising_step(config, INPUTS, torch.float32)
-    assert cost.flops == pytest.approx(3 * accounting.flops(config, IMAGE_TOKENS, TEXT_TOKENS).total, rel=within, abs=0)
+    assert cost.flops == 3 * accounting.flops(config, IMAGE_TOKENS, TEXT_TOKENS).total
 
 
 def test_flops_of_a_dry_step() -> None:
