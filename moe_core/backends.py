@@ -6,8 +6,8 @@
 - `by_expert`, `grouped_mm` and `triton` are `moe_core.grouped`: the same sums with a backward pass of their own.
 - `megablocks` is that of the paper's own measurements, for CUDA machines where `make gpu` has installed it.
 - All of them sort the tokens by expert, so that each expert reads one contiguous slice and none computes a token that
-  is not its own. A token's K results are added in the order of its choices. The bits are a function of the routing; `loop`'s gradients on CUDA alone
-  are not, where autograd adds with atomics.
+  is not its own. A token's K results are added in a fixed order, so that the bits are a function of the routing; of the gradients
+  of `loop` on CUDA they are not, as autograd adds with atomics there.
 - `auto` is the fastest here, measured once for a size (`moe_core.backend_choice`); `by_shape` is `grouped_mm` where that can run the shapes, else
   `by_expert`: the same on every machine.
 

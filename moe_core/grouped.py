@@ -108,24 +108,25 @@ class _ByExpert(torch.autograd.Function):
         order: Order,
         trains: bool,
     ) -> Tensor:
-        rows, width = len(order.pair_N), x_TD.shape[1]
         gate_N1 = gates_TK.reshape(-1, 1).index_select(0, order.pair_N)
-        y_ND = x_TD.new_empty(rows, width)
-        u_NF = x_TD.new_empty(rows, b1_EF.shape[1]) if trains else None
+        sums_TD = _sums(x_TD, gates_TK.shape[1])
+        u_NF = x_TD.new_empty(len(gate_N1), b1_EF.shape[1]) if trains else None
         for expert, own in order.slices():
-            x_nD = x_TD.index_select(0, order.token_N[own])
-            u_nF = torch.addmm(b1_EF[expert], x_nD, w1_EFD[expert].t(), out=None if u_NF is None else u_NF[own])
-            torch.mm(kernels.gated(u_nF, gate_N1[own]), w2_EDF[expert].t(), out=y_ND[own])
+            token_n = order.token_N[own]
+            out = None if u_NF is None else u_NF[own]
+            u_nF = torch.addmm(b1_EF[expert], x_TD.index_select(0, token_n), w1_EFD[expert].t(), out=out)
+            y_nD = kernels.gated(u_nF, gate_N1[own]) @ w2_EDF[expert].t()
+            sums_TD.index_add_(0, token_n, y_nD.to(sums_TD.dtype))
         if u_NF is not None:
             ctx.save_for_backward(x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF, *order)
-        return _sum_of_slots(y_ND, order.row_TK)
+        return sums_TD.to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> Gradients:
         x_TD, gate_N1, w1_EFD, b1_EF, w2_EDF, u_NF, *of_order = ctx.saved_tensors
         order, (needs_x, needs_gates, needs_w1, needs_b1, needs_w2, *_) = Order(*of_order), ctx.needs_input_grad
-        dx_ND = x_TD.new_empty(len(u_NF), x_TD.shape[1]) if needs_x else None
+        dx_TD = _sums(x_TD, order.row_TK.shape[1]) if needs_x else None
         dgate_N1 = torch.empty_like(gate_N1)
         dw1_EFD, dw2_EDF = (_empty(w, needs) for w, needs in ((w1_EFD, needs_w1), (w2_EDF, needs_w2)))
         db1_EF = torch.zeros_like(b1_EF) if needs_b1 else None
@@ -141,15 +142,27 @@ class _ByExpert(torch.autograd.Function):
                 torch.sum(du_nF, 0, out=db1_EF[expert])
             if dw1_EFD is not None:
                 torch.mm(du_nF.t(), x_TD.index_select(0, token_n), out=dw1_EFD[expert])
-            if dx_ND is not None:
-                torch.mm(du_nF, w1_EFD[expert], out=dx_ND[own])
+            if dx_TD is not None:
+                dx_TD.index_add_(0, token_n, (du_nF @ w1_EFD[expert]).to(dx_TD.dtype))
         for expert in set(range(len(w1_EFD))) - busy.keys():
             for gradient in (dw1_EFD, dw2_EDF):
                 if gradient is not None:
                     gradient[expert].zero_()
-        dx_TD = None if dx_ND is None else _sum_of_slots(dx_ND, order.row_TK)
+        dx_TD = None if dx_TD is None else dx_TD.to(x_TD.dtype)
         dgates_TK = dgate_N1[order.row_TK].squeeze(-1) if needs_gates else None
         return dx_TD, dgates_TK, dw1_EFD, db1_EF, dw2_EDF, None, None
+
+
+def _sums(x_TD: Tensor, top_k: int) -> Tensor:
+    """Zeros to which a token's rows are added in the order of their experts; of more than two in fp32 at least.
+
+    An expert has a token once, so that adding its rows is the same every time, on a GPU too.
+    """
+    return torch.zeros_like(
+        x_TD,
+        dtype=x_TD.dtype if top_k <= 2 else torch.promote_types(x_TD.dtype, torch.float32),
+        memory_format=torch.contiguous_format,
+    )
 
 
 def _empty(like: Tensor, needed: bool) -> Tensor | None:

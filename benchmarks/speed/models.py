@@ -15,12 +15,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed import timing
 from moe_core import accounting, references
 from moe_core.moe import MoELayer, Routing
 from moe_core.transformer import MOB_DEFAULTS, MOE_DEFAULTS, FluxMoETransformer2DModel
+
+PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_grouped_mm")
+"""What torch's profiler calls them."""
 
 MIDDLE: dict[str, Any] = {
     **references.FLUX1_DEV,
@@ -62,15 +67,18 @@ def of_gpu() -> dict[str, dict[str, Any]]:
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> FluxMoETransformer2DModel:
-    """Random weights, made on the device."""
+    """Random weights, made on the device, of one size for all: drawing 600 M normal numbers takes a CPU longer than what is measured."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with device:
+        with device, no_init_weights():
             torch.manual_seed(0)
-            return FluxMoETransformer2DModel.from_config(dict(config)).requires_grad_(False).eval()
+            model = FluxMoETransformer2DModel.from_config(dict(config)).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.03, 0.03)
+    return model
 
 
 def inputs(
@@ -112,6 +120,17 @@ def skew(model: FluxMoETransformer2DModel) -> None:
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """Those that route."""
     return [module for module in model.modules() if isinstance(module, MoELayer) and module.num_experts]
+
+
+def where(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of one call on a CPU in matrix products, in attention and in all else, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    seconds = {"products": 0.0, "attention": 0.0, "else": 0.0}
+    for event in found.key_averages():
+        kind = "products" if event.key in PRODUCTS else "attention" if "attention" in event.key else "else"
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return {kind: float(f"{value:.4g}") for kind, value in seconds.items()}
 
 
 @contextmanager
@@ -167,6 +186,7 @@ def measure(
     times = timing.in_turn(ways, device, rounds=rounds)
     for name, row in rows.items():
         row |= {"times": times[name], "time_over_flops": round(times[name]["ratio"] / row["flops_ratio"], 3)}
+        row["seconds_of"] = where(ways[name]) if device.type == "cpu" else {}
     return {
         "precision": str(dtype).removeprefix("torch."),
         "samples": samples,

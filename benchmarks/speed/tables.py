@@ -68,13 +68,15 @@ def _models(runs: list[dict[str, Any]]) -> Iterator[str]:
             "FLOPs over dense",
             "time over FLOPs",
             "largest load",
+            "products, attention, else: s",
         ]
         body = []
         for name, row in run["models"].items():
             load = row["largest_load_over_mean"]
             sizes = [f"{row['parameters'] / 1e6:.0f}", f"{row['times']['median_s']:.3g}", _spread(row["times"])]
             ratios = [f"{row['flops_ratio']:.3f}", f"{row['time_over_flops']:.3f}"]
-            body.append([name, *sizes, *ratios, "" if load is None else f"{load:g}"])
+            seconds = ", ".join(f"{value:.3g}" for value in row["seconds_of"].values())
+            body.append([name, *sizes, *ratios, "" if load is None else f"{load:g}", seconds])
         yield _table(head, body)
 
 
