@@ -50,9 +50,9 @@ def sections(device: torch.device) -> dict[str, Callable[[], Any]]:
     return {
         "layer": lambda: [layer.measure(case, device) for case in layer.cases(device)],
         "models": lambda: [
-            *(models.measure(models.of_cpu(), dtype, device, rounds=4) for dtype in precisions),
-            models.measure(models.of_cpu(), torch.float32, device, skewed=True, rounds=3),
-            models.measure(models.of_cpu(), torch.float32, device, samples=4, image=128, text=32, rounds=3),
+            *(models.measure(models.of_cpu(), dtype, device, rounds=3) for dtype in precisions),
+            models.measure(models.of_cpu(), torch.bfloat16, device, skewed=True, rounds=3),
+            models.measure(models.of_cpu(), torch.bfloat16, device, samples=4, image=128, text=32, rounds=3),
         ],
         "kd_step": lambda: kd_step.measure(models.of_cpu(), torch.float32, device, Inputs(1, 128, 32)),
         "growth": lambda: growth.measure(device, torch.float32),

@@ -15,7 +15,7 @@ from benchmarks.speed import models, timing
 from moe_core.distill import KDStep, predict
 from moe_core.dry_run import Inputs
 
-STAGES = {"L, experts and routers": ("L", ("experts", "router")), "L, all": ("L", ("all",)), "M, all": ("M", ("all",))}
+STAGES = {"L, experts and routers": ("L", ("experts", "router")), "M, all": ("M", ("all",))}
 """What is trained -> level, parts."""
 
 

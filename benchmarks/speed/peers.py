@@ -3,9 +3,9 @@
 - `transformers eager`, `transformers grouped_mm`: what a model of transformers 5 runs with that `_experts_implementation`; eager is the loop
   that its expert classes have as their own forward. Its `batched_mm` copies an expert's weights for each token: 28 times the dense FFN's time at
   256 tokens, and so left out. Biases are 0 here and these two add none: theirs would be in both products, of ours it is one.
-- `diffusers Nucleus, loop`, `diffusers Nucleus, grouped_mm`: `SwiGLUExperts` of diffusers' Nucleus-MoE transformer. It has three matrices an
-  expert and no biases: two thirds as wide as ours it does the same arithmetic, but computes something else. Its layer lets experts choose
-  tokens; here it gets our tokens, sorted, and its results are added as that layer adds them (`scatter_add_`).
+- `diffusers Nucleus`: `SwiGLUExperts` of diffusers' Nucleus-MoE transformer, by its grouped products, the faster of its two ways. It has three
+  matrices an expert and no biases: two thirds as wide as ours it does the same arithmetic, but computes something else. Its layer lets experts
+  choose tokens; here it gets our tokens, sorted, and its results are added as that layer adds them (`scatter_add_`).
 - `sorted loop`: sort, split, an expert after the other, weighted rows added back with `index_add_`: what OLMo-core and many others do without
   grouped products.
 - `masked loop`: for each expert, find its tokens with a mask: what most published models have as their forward.
@@ -88,9 +88,9 @@ def sorted_loop(
 class Nucleus:
     """diffusers' experts, of random weights two thirds as wide as `w1_EFD`."""
 
-    def __init__(self, w1_EFD: Tensor, use_grouped_mm: bool) -> None:
+    def __init__(self, w1_EFD: Tensor) -> None:
         experts, hidden, width = w1_EFD.shape
-        self.experts = SwiGLUExperts(width, hidden * 2 // 3, experts, use_grouped_mm).to(w1_EFD)
+        self.experts = SwiGLUExperts(width, hidden * 2 // 3, experts, use_grouped_mm=True).to(w1_EFD)
         for weight in self.experts.parameters():
             nn.init.normal_(weight, std=0.02)
 
@@ -109,8 +109,7 @@ def peers(w1_EFD: Tensor) -> dict[str, Experts]:
     return {
         "transformers eager": _transformers(eager),
         "transformers grouped_mm": _transformers(grouped_mm_experts_forward),
-        "diffusers Nucleus, loop": Nucleus(w1_EFD, False),
-        "diffusers Nucleus, grouped_mm": Nucleus(w1_EFD, True),
+        "diffusers Nucleus": Nucleus(w1_EFD),
         "sorted loop": sorted_loop,
         "masked loop": masked_loop,
     }
