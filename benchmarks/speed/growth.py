@@ -52,7 +52,7 @@ def _batches(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def _rows(ways: list[tuple[int, Any]], device: torch.device) -> list[dict[str, Any]]:
-    times = timing.in_turn({str(x): run for x, (_, run) in ways}, device, rounds=5, seconds=20)
+    times = timing.in_turn({str(x): run for x, (_, run) in ways}, device, rounds=5, seconds=12)
     first = ways[0][1][0]
     return [
         {

@@ -47,7 +47,7 @@ def measure(
             alone()
 
         ways = {"parts": parts, "step": whole, "teacher": dense, "student": alone}
-        times = timing.in_turn(ways, device, rounds=5, seconds=20)
+        times = timing.in_turn(ways, device, rounds=5, seconds=12)
         rows.append(
             {
                 "trained": title,
