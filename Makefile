@@ -50,7 +50,7 @@ lock: ## resolve the ranges of pyproject.toml anew into requirements.lock
 gpu: setup ## MegaBlocks and its companions, without dependencies, on a CUDA machine
 	@sh scripts/gpu.sh
 
-bench: setup ## speed of the MoE layer, of whole models and of a KD step on a CPU, beside peers; under ten minutes, with nothing beside it
+bench: setup ## speed of the MoE layer, of whole models and of a KD step on a CPU, beside peers; ten minutes, with nothing beside it
 	@$(PY) -m benchmarks.speed
 
 bench-gpu: ## the same at FLUX.1's full size, and five steps of each stage, on one GPU of 141 GB; needs torch, diffusers, transformers and safetensors alone

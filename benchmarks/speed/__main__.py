@@ -1,6 +1,6 @@
 """Everything that this package measures, in one run.
 
-python -m benchmarks.speed                                  CPU, under ten minutes: benchmarks/results/speed-cpu.{json,md,svg}
+python -m benchmarks.speed                                  CPU, ten minutes: benchmarks/results/speed-cpu.{json,md,svg}
 python -m benchmarks.speed --device cuda                    FLUX.1's size: benchmarks/results/speed-cuda.{json,md,svg}
 python -m benchmarks.speed --only layer                     a part of it; the others' results stay as they are
 """

@@ -107,32 +107,18 @@ def megablocks_kernels() -> ModuleType:
     return module
 
 
-class Gather(torch.autograd.Function):
-    """As MegaBlocks' own: its backward pass is its other kernel."""
+class Moved(torch.autograd.Function):
+    """MegaBlocks' gather or scatter without weights, whose backward pass is its other kernel, as in its own functions."""
 
     @staticmethod
-    def forward(ctx, kernels, x, pair, expert, bins, top_k):
-        ctx.kept = kernels, pair, expert, bins, top_k
-        return kernels.gather(x, pair, expert, None, bins, top_k)
-
-    @staticmethod
-    def backward(ctx, grad):
-        kernels, pair, expert, bins, top_k = ctx.kept
-        return None, kernels.scatter(grad.contiguous(), pair, expert, None, bins, top_k), None, None, None, None
-
-
-class Scatter(torch.autograd.Function):
-    """As MegaBlocks' own, without weights."""
-
-    @staticmethod
-    def forward(ctx, kernels, x, pair, expert, bins, top_k):
-        ctx.kept = kernels, pair, expert, bins, top_k
-        return kernels.scatter(x, pair, expert, None, bins, top_k)
+    def forward(ctx, there, back, x, pair, expert, bins, top_k):
+        ctx.kept = back, pair, expert, bins, top_k
+        return there(x, pair, expert, None, bins, top_k)
 
     @staticmethod
     def backward(ctx, grad):
-        kernels, pair, expert, bins, top_k = ctx.kept
-        return None, kernels.gather(grad.contiguous(), pair, expert, None, bins, top_k), None, None, None, None
+        back, pair, expert, bins, top_k = ctx.kept
+        return None, None, back(grad.contiguous(), pair, expert, None, bins, top_k), None, None, None, None
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -154,8 +140,10 @@ def test_megablocks(top_k: int, monkeypatch: pytest.MonkeyPatch):
         sort=sort,
         histogram=lambda flat_N, count: flat_N.bincount(minlength=count).to(torch.int32),
         inclusive_cumsum=lambda counts_E, dim: counts_E.cumsum(dim).to(torch.int32),
-        gather=lambda x, pair, expert, bins, k: Gather.apply(triton_kernels, x, pair, expert, bins, k),
-        scatter=lambda x, pair, expert, weights, bins, k: Scatter.apply(triton_kernels, x, pair, expert, bins, k),
+        gather=lambda x, *where: Moved.apply(triton_kernels.gather, triton_kernels.scatter, x, *where),
+        scatter=lambda x, pair, expert, weights, bins, top_k: Moved.apply(
+            triton_kernels.scatter, triton_kernels.gather, x, pair, expert, bins, top_k
+        ),
     )
     monkeypatch.setattr(backends, "_megablocks_ops", lambda: (ops, SimpleNamespace(gmm=gmm)))
     monkeypatch.setattr(backends, "_megablocks_fault", lambda x_TD: None)
