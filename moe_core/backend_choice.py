@@ -3,7 +3,8 @@
 - A case is a device, torch's version, threads, precision, number of tokens (to the next power of two), experts and widths, and whether there is a
   backward pass.
 - The file is `backends.json` in `$DENSE2MOE_CACHE`, else in `dense2moe/` of the user's cache folder. `dense2moe backends` prints it; without it
-  all is measured anew. What is in it stays: backends round differently, and a run that is resumed or repeated here shall give the same bits.
+  all is measured anew. What is in it stays as long as the candidates are the same: backends round
+  differently, and a run that is resumed or repeated here shall give the same bits.
 - Processes that measure the same case at once agree on the first result that is written.
 """
 
@@ -154,6 +155,7 @@ def _locked() -> Iterator[None]:
 
 @cache
 def processor() -> str:
+    """This machine's CPU, in words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
