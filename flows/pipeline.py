@@ -55,7 +55,7 @@ class Run:
         self.stopping = threading.Event()
         self.environment = python_environment(workspace.path)
         self.environment[tracking.PARENT] = parent
-        self._ray = RayHead(workspace.state)
+        self._ray = RayHead(workspace.state, code=workspace.path)
         self._ray_lock = threading.Lock()
 
     def join_ray(self) -> None:

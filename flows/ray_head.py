@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flows import processes
 from flows.workspace import RunFailed
+from tasks.ray_settings import OWN_HEAD, own_head, serves
 
 START_S = 60.0
 """Longest wait for a head; 3 to 5 s are usual, a loaded machine takes longer."""
@@ -29,7 +30,9 @@ LOOPBACK = "127.0.0.1"
 class RayHead:
     """One head; its record, log and token are in `state`, by `name`."""
 
-    def __init__(self, state: Path, name: str = "ray") -> None:
+    def __init__(self, state: Path, name: str = "ray", code: Path | None = None) -> None:
+        # The one checkout that it works for, if it does: its workers can then start before a stage asks for them.
+        self._code = code
         self.record = state / "groups" / name
         self.log = state / "logs" / f"{name}.log"
         self.token = state / f"{name}.token"
@@ -54,7 +57,8 @@ class RayHead:
             "--dashboard-agent-listen-port=0", f"--include-dashboard={bool(dashboard_port)}", *dashboard,
             f"--temp-dir={self.folder.read_text()}", f"--num-cpus={max(os.cpu_count() or 1, cpus)}",
         ]  # fmt: skip
-        return processes.start(command, record=self.record, log=self.log, env=processes.inherit(_mode(self.token)))
+        env = processes.inherit({**_mode(self.token), **(own_head(self._code) if self._code else {})})
+        return processes.start(command, record=self.record, log=self.log, env=env)
 
     @property
     def address(self) -> str | None:
@@ -66,7 +70,9 @@ class RayHead:
 
     def environment(self) -> dict[str, str]:
         """Variables with which a process joins this head."""
-        return {"RAY_ADDRESS": self.address or "", **_mode(self.token)}
+        address = self.address or ""
+        own = {OWN_HEAD: serves(address, self._code)} if self._code else {}
+        return {"RAY_ADDRESS": address, **_mode(self.token), **own}
 
     def wait(self, process: subprocess.Popen[bytes]) -> None:
         """Returns when the head serves; raises RunFailed if it ends, or takes longer than START_S."""

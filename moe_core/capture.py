@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_core.losses import Feature
@@ -65,6 +66,8 @@ def block_names(model: nn.Module) -> list[str]:
 
 
 def _into(store: dict[str, Any], name: str) -> Any:
+    # Compiled, each of them would be a graph of its own, and another one in the next step.
+    @torch.compiler.disable
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         store.setdefault(name, output)
 

@@ -19,3 +19,7 @@ class CheckpointError(Dense2MoEError, ValueError):
 
 class TrainingError(Dense2MoEError, ArithmeticError):
     """A training run went wrong by the numbers: its loss is infinite or not a number."""
+
+
+class EvaluationError(Dense2MoEError, ValueError):
+    """Pictures cannot be made or judged as asked: one is missing, broken or not a number, or too large for the memory."""

@@ -11,8 +11,8 @@ Shapes: B batch, T tokens, D width, m blocks in the group, k (kappa) active ones
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -135,8 +135,7 @@ class MoBGroup(nn.Module):
             image, text, cond = (
                 t if whole else t.index_select(0, samples) for t in (hidden_states, encoder_hidden_states, temb)
             )
-            # Of nothing, CUDA's fused attention and diffusers' rotation of positions cannot be computed.
-            with nullcontext() if rows else sdpa_kernel(SDPBackend.MATH):
+            with nullcontext() if rows else _on_nothing():
                 new_text, new_image = block(
                     hidden_states=image,
                     encoder_hidden_states=text,
@@ -152,6 +151,13 @@ class MoBGroup(nn.Module):
             hidden_states = new_image if whole else _put(hidden_states, samples, new_image)
             encoder_hidden_states = new_text if whole else _put(encoder_hidden_states, samples, new_text)
         return encoder_hidden_states, hidden_states
+
+
+@contextmanager
+def _on_nothing() -> Iterator[None]:
+    # CUDA's fused attention and diffusers' rotation of positions cannot be computed; a graph for it would be compiled for no work.
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _put(batch_BTD: Tensor, samples: Tensor, rows_bTD: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from moe_core.config import BaselineConfig, Params, parse
 from moe_core.errors import ConfigError
 from tasks.distillation import distil
 from tasks.places import BASELINES, IMPORTANCE
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 if TYPE_CHECKING:
     import torch
@@ -77,4 +77,4 @@ def _drop(chosen: BaselineConfig, start: Path, found: Importance) -> dict[str, l
 
 
 if __name__ == "__main__":
-    execute(f"baseline@{sys.argv[1]}", partial(baseline, sys.argv[1]), resumable=True)
+    execute(f"baseline@{sys.argv[1]}", partial(baseline, sys.argv[1]), resumable=True, joins=workers)

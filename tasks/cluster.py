@@ -1,4 +1,8 @@
-"""Ray for one stage: the cluster that RAY_ADDRESS names, else a private one that ends with the stage."""
+"""Ray for one stage: the cluster that RAY_ADDRESS names, else a private one that ends with the stage.
+
+Half of what a stage takes to its first step is Python's imports, once in the driver and once in a worker. So a stage asks for Ray
+before it loads anything else (`Early`), and has a worker's process started while it imports its own.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,20 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
 
 import ray
 
 from moe_core.config import ComputeConfig
 from moe_core.errors import ConfigError, Dense2MoEError
 from tasks.project import code_root
+from tasks.ray_settings import OWN_HEAD, SETTINGS, own_head, search_path, serves
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a private Ray: image batches pass through it, nothing else; Ray's own default is 30 % of the machine."""
-
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray Train's polling, seconds: it bounds how late the end of a run is noticed.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Two helper processes of Ray Train that a stage has no use for; each takes seconds to start on two cores.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
-    # Its controller is in the stage's process (`tasks.ray_train`), and would write its log among the stage's lines.
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-}
-"""Environment of Ray, unless the user has set it otherwise."""
 
 
 @contextlib.contextmanager
@@ -38,35 +34,85 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    main = threading.current_thread() is threading.main_thread()
     on_termination = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
-    namespace = f"dense2moe-{stage}-{os.getpid()}"
-    path = os.pathsep.join(p for p in (str(code_root()), os.environ.get("PYTHONPATH")) if p)
+    namespace = f"dense2moe-{stage.replace('@', '-')}-{os.getpid()}"
     if address:
         _check_answers(address)
         environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        # A flow's own head has this checkout's environment already; what it started at once can be used as it is.
+        own = os.environ.get(OWN_HEAD) == serves(address, code_root())
+        given = {"env_vars": environment | {"PYTHONPATH": search_path(code_root())}}
         try:
             ray.init(
                 address=address,
                 namespace=namespace,
                 log_to_driver=False,
                 logging_level="error",
-                runtime_env={"env_vars": environment | {"PYTHONPATH": path}},
+                runtime_env=None if own else given,
             )
         except Exception as error:  # as below; a wrong token, another version and no cluster for `auto` differ in class
             raise ConfigError(f"RAY_ADDRESS is {address}, but that Ray cannot be joined: {error}") from error
     else:
         # A private Ray's processes inherit this environment: no runtime_env, so the workers that Ray starts at once can be used.
-        os.environ["PYTHONPATH"] = path
+        os.environ.update(own_head(code_root()))
         needed = max(compute.num_workers, 1) * compute.cpus_per_worker
         _start_private(max(os.cpu_count() or 1, needed), namespace)
-    # Ray's handlers would abort this process at once; ours closes the stage's run and, here, Ray.
-    signal.signal(signal.SIGTERM, on_termination)
+    if main:
+        # Ray's handlers would abort this process at once; ours closes the stage's run and, here, Ray.
+        signal.signal(signal.SIGTERM, on_termination)
     try:
         check_size(compute)
         yield
     finally:
         ray.shutdown()
+
+
+class Early:
+    """Ray, joined in a thread from the moment this is entered; `joined` waits for it.
+
+    The thread lives as long as Ray: the kernel ends the processes of a private one with the thread that started them.
+    """
+
+    def __init__(self, stage: str, compute: ComputeConfig) -> None:
+        self._connection = connect(stage, compute)
+        self._up, self._over = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._hold, name="ray")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def joined(self) -> None:
+        """Returns when Ray is up; raises what `connect` raises."""
+        self._up.wait()
+        if self._error is not None:
+            raise self._error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error is not None and error is None:
+            raise self._error
+
+    def _hold(self) -> None:
+        try:
+            with self._connection:
+                # Ray starts a worker process for it, and keeps the process for who comes next.
+                ray.remote(_nothing).options(num_cpus=0).remote()
+                self._up.set()
+                self._over.wait()
+        except BaseException as error:  # noqa: BLE001 - raised where the stage waits for Ray
+            self._error = error
+            self._up.set()
+
+
+def _nothing() -> None:
+    """A task that asks for a process."""
 
 
 def _start_private(cpus: int, namespace: str) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 
 USAGE = """usage: dense2moe plan [KEY=VALUE ...]
+       dense2moe evaluate PIPELINE [--out FOLDER] [--against MODEL] [KEY=VALUE ...]
+       dense2moe scorers
        dense2moe backends
 
 plan       what a run will build and take, before it starts: dense2moe plan experiment=flux1-moe-l compute=h100x8 data.path=/tars
+evaluate   the suites of `eval` on any diffusers text-to-image pipeline, a folder or a hub id
+scorers    which scorers there are, what they measure, and what each needs
 backends   which backend computes the experts on this machine, by size: what `compute.expert_backend=auto` has measured"""
 
 
@@ -19,6 +23,13 @@ def main() -> int:
             from tasks import plan
 
             return plan.main(rest)
+        case ["evaluate", *rest]:
+            from tasks import foreign
+
+            return foreign.main(rest)
+        case ["scorers"]:
+            print(scorers())
+            return 0
         case ["backends"]:
             print(backends())
             return 0
@@ -27,6 +38,22 @@ def main() -> int:
             return 0
     print(USAGE, file=sys.stderr)
     return 2
+
+
+def scorers() -> str:
+    """A paragraph a scorer."""
+    from moe_core.metrics import registry
+
+    lines = []
+    for name, spec in registry.SPECS.items():
+        lines += [
+            name,
+            "  measures: " + ", ".join([m.name for m in spec.measures] + [m.name for m in spec.set_measures]),
+        ]
+        lines += [f"  eval.models.{asset.key}: {asset.what}" for asset in spec.assets]
+        lines += [f"  package: {package}" for package in spec.packages]
+        lines += ["  compares with the reference model's pictures"] if spec.needs_reference else []
+    return "\n".join(lines)
 
 
 def backends() -> str:

@@ -1,4 +1,4 @@
-"""Stage `evaluate@MODEL`: pictures from the same noise for every model, and every metric but latency."""
+"""Stage `evaluate@MODEL`: every suite's scorers over the pictures of one model, and what their rows come to."""
 
 from __future__ import annotations
 
@@ -10,95 +10,93 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from moe_core.errors import DataError
-from moe_core.metrics import fidelity, routing_use
-from tasks import generation, judgement, outs
-from tasks.generation import Made, Unit
+from moe_core.metrics import fidelity
+from tasks import judgement, measures, outs, scoring, suites
 from tasks.judgement import Judgement
-from tasks.places import DENSE, EVALUATIONS, IMAGES, PROMPTS
-from tasks.prompts import read_prompts
-from tasks.stage import Stage, execute
+from tasks.places import DENSE, EVALUATIONS, IMAGES, INSPECTIONS
+from tasks.stage import Stage, execute, workers
 
-SHEET = 8
-"""Pictures that MLflow shows side by side."""
+SHOWN = 5
+"""Best and worst prompts that MLflow lists."""
 
 
-def evaluate(name: str, folder: Path, stage: Stage) -> None:
-    """Writes data/images/<model>/ and data/evaluations/<model>.json; `folder` holds the model's transformer."""
+def evaluate(name: str, stage: Stage) -> None:
+    """Writes data/evaluations/<model>.json and, in data/evaluations/<model>/, a row a prompt and a row a picture of each suite."""
+    assert stage.resume is not None
     params, root = stage.params, stage.root
+    found = suites.read(root, params.eval)
+    assets = scoring.assets_of(params.eval.models, root)
+    ray = contextlib.nullcontext() if params.compute.num_workers == 0 else stage.ray()
+    with ray, scoring.judges(assets, params.compute) as judges:
+        results = measures.score_suites(
+            found,
+            params,
+            images=root / IMAGES / name,
+            reference=None if name == DENSE else root / IMAGES / DENSE,
+            rows=stage.resume.path / "rows",
+            assets=assets,
+            judges=judges,
+            progress=stage.progress,
+        )
+    own = found[0]
+    pictures = suites.pictures(own, params.seed)
+    images = _stack(root / IMAGES / name / own.name, pictures)
+    judged = judgement.judge(root, params, [dict(prompt.record) for prompt in own.prompts], images)
+    with outs.folder(root / EVALUATIONS / name) as out:
+        for result in results:
+            result.write(out)
+        _list_pictures(out / "pictures.jsonl", own, pictures, judged)
     dense = name == DENSE
-    records = read_prompts(root / PROMPTS)
-    reference = None if dense else read_pictures(root / IMAGES / DENSE, len(records))
-    size = params.eval.batch_size
-    cuts = [list(range(first, min(first + size, len(records)))) for first in range(0, len(records), size)]
-    units = [Unit(cut, [records[i]["prompt"] for i in cut]) for cut in cuts]
-    with contextlib.nullcontext() if params.compute.num_workers == 0 else stage.ray():
-        done = partial(stage.progress.update, "generate")
-        made = generation.make((root, params, folder, dense), units, size, done)
-    images = np.concatenate([unit.images for unit in made.pictures])
-    judged = judgement.judge(root, params, records, images)
-    with outs.folder(root / IMAGES / name) as out:
-        _write_pictures(out, images, records, judged)
+    distance = 0.0 if dense else fidelity.mean_distance(images, _stack(root / IMAGES / DENSE / own.name, pictures))
     report = {
         "model": name,
-        "prompts": len(records),
+        "prompts": len(own.prompts),
         "nfe": params.model.num_inference_steps,
         "judged": None if judged is None else judged.as_dict(),
-        "teacher_distance": 0.0 if reference is None else fidelity.mean_distance(images, reference),
-        "kd_loss": made.validation["distill"],
-        "kd_loss_relative": made.validation["distill_relative"],
-        **made.cost,
-        **_routing(made),
+        "teacher_distance": distance,
+        **{key: value for key, value in _inspection(root, name).items() if key != "model"},
+        "suites": {result.suite.name: result.as_dict() for result in results},
     }
     outs.write_json(root / EVALUATIONS / f"{name}.json", report)
     stage.summary(
         ({} if judged is None else judged.summary())
         | {key: report[key] for key in ("teacher_distance", "kd_loss", "flops")}
         | {f"params_{key}": report["params"][key] for key in ("total", "activated", "activated_paper")}
+        | {f"{r.suite.name}_{measure}": value.value for r in results for measure, value in r.values.items()}
     )
-    stage.run.image("pictures.png", _sheet(images[:SHEET]))
-
-
-def read_pictures(folder: Path, count: int) -> NDArray[np.uint8]:
-    """The pictures of an evaluation, uint8 [N, S, S, 3]; raises DataError unless there are `count`."""
-    paths = sorted(folder.glob("*.png"))
-    if len(paths) != count:
-        raise DataError(
-            f"{folder} has {len(paths)} pictures, but there are {count} prompts; `dvc repro evaluate@{DENSE}` makes them"
+    for result in results:
+        stage.run.metrics(
+            {f"{result.suite.name}/{scorer}_seconds_a_picture": s for scorer, s in result.seconds_a_picture.items()}
         )
-    return np.stack([np.asarray(Image.open(path)) for path in paths])
+        if result.suite.prompts:
+            stage.run.table(f"{result.suite.name}_prompts.json", result.extremes(SHOWN))
+    stage.run.image("pictures.png", measures.best_and_worst(results[0], root / IMAGES / name / own.name, pictures))
 
 
-def _write_pictures(
-    folder: Path, images: NDArray[np.uint8], records: list[dict[str, Any]], judged: Judgement | None
-) -> None:
-    lines = []
-    for index, (image, record) in enumerate(zip(images, records, strict=True)):
-        file = f"{index:05d}.png"
-        Image.fromarray(image).save(folder / file)
-        right = None if judged is None else judged.correct[index]
-        lines.append({"index": index, "file": file, "tag": record["tag"], "prompt": record["prompt"], "correct": right})
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def _stack(folder: Path, pictures: list[suites.Picture]) -> np.ndarray:
+    return np.stack([np.asarray(scoring.read_picture(folder / picture.file)) for picture in pictures])
 
 
-def _routing(made: Made) -> dict[str, Any]:
-    experts, experts_by_step = routing_use.shares(routing_use.merge(unit.experts for unit in made.pictures))
-    blocks, blocks_by_step = routing_use.shares(routing_use.merge(unit.blocks for unit in made.pictures))
-    return {
-        "expert_use": experts,
-        "expert_use_by_timestep": experts_by_step,
-        "block_use": blocks,
-        "block_use_by_timestep": blocks_by_step,
-    }
+def _inspection(root: Path, name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((root / INSPECTIONS / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
 
 
-def _sheet(images: NDArray[np.uint8]) -> Image.Image:
-    """Some pictures side by side."""
-    return Image.fromarray(np.concatenate(list(images), axis=1))
+def _list_pictures(path: Path, own: suites.Suite, pictures: list[suites.Picture], judged: Judgement | None) -> None:
+    """What the report's gallery shows."""
+    lines = [
+        {
+            "index": number,
+            "file": f"{own.name}/{picture.file}",
+            "tag": picture.prompt.kind,
+            "prompt": picture.prompt.text,
+            "correct": None if judged is None else judged.correct[number],
+        }
+        for number, picture in enumerate(pictures)
+    ]
+    outs.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":
-    execute(f"evaluate@{sys.argv[1]}", partial(evaluate, sys.argv[1], Path(sys.argv[2])))
+    execute(f"evaluate@{sys.argv[1]}", partial(evaluate, sys.argv[1]), resumable=True, joins=workers)

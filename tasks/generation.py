@@ -1,158 +1,91 @@
-"""Pictures, routing and validation loss of one model, made in Ray actors from fixed units of work.
+"""Pictures of one pipeline, made in Ray actors from fixed units of work and written as they come.
 
-A unit is a fixed run of prompts, made in one batch with a fixed number of threads: which actor makes it changes nothing.
+- A unit is a fixed run of pictures, made in one batch with a fixed number of threads: which actor makes it changes nothing.
+- A picture's file appears whole or not at all. What is there already is not made again, so a killed run goes on where it was.
+- Nothing here knows what kind of model it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import ray
 import torch
-from numpy.typing import NDArray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor
+from PIL import Image
 
-from moe_core.config import LATENT_PATCH, ComputeConfig, Params
-
-GENERATION = "generation"
-"""What the noise of evaluation is drawn for; the same for every model."""
+from moe_core.config import ComputeConfig
+from moe_core.pipelines import PipelineSource
+from tasks.actors import actors
+from tasks.progress import Told
+from tasks.suites import Picture
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some prompts, with their numbers in the whole list."""
+    """Some pictures of a suite, and the folder that they go to."""
 
-    numbers: list[int]
-    prompts: list[str]
+    folder: Path
+    pictures: tuple[Picture, ...]
 
-
-@dataclass(frozen=True)
-class Pictures:
-    """uint8 [B, S, S, 3] and the routing counts of making them."""
-
-    images: NDArray[np.uint8]
-    experts: dict[str, Tensor]
-    blocks: dict[str, Tensor]
+    @property
+    def is_done(self) -> bool:
+        """Whether every picture is there."""
+        return all((self.folder / picture.file).exists() for picture in self.pictures)
 
 
-class Generator:
-    """One model in one process: the teacher (`dense`), or the transformer in a folder, sparse or a smaller dense one."""
+class Painter:
+    """One pipeline in one process."""
 
-    def __init__(self, root: Path, params: Params, transformer: Path, dense: bool) -> None:
+    def __init__(self, source: PipelineSource, compute: ComputeConfig) -> None:
         # diffusers loads in the actors, not in the driver, where it would cost seconds for nothing.
-        from moe_core import sampling
-        from moe_core.transformer import FluxMoETransformer2DModel
-        from tasks.places import TEACHER
+        from moe_core import pipelines
 
-        torch.set_num_threads(params.compute.cpus_per_worker)
-        self.root, self.params, self.dense = root, params, dense
-        device = "cuda" if params.compute.use_gpu else "cpu"
-        dtype = sampling.DTYPES[params.model.precision]
-        self.pipeline = sampling.load_pipeline(root / TEACHER, None if dense else root / transformer, device, dtype)
-        if isinstance(self.pipeline.transformer, FluxMoETransformer2DModel):
-            self.pipeline.transformer.set_expert_backend(params.compute.expert_backend)
-        self.pipeline.transformer.eval()
+        torch.set_num_threads(compute.cpus_per_worker)
+        self.source = source
+        self.pipeline = pipelines.load(source, torch.device("cuda" if compute.use_gpu else "cpu"))
 
-    def pictures(self, unit: Unit) -> Pictures:
-        """Makes a unit's pictures."""
-        from moe_core import noise, sampling
-        from moe_core.metrics.routing_use import RoutingUse
+    def paint(self, unit: Unit) -> float:
+        """Makes a unit's pictures; returns the seconds that it took."""
+        from moe_core import pipelines
 
-        model = self.params.model
-        use = RoutingUse(self.pipeline.transformer, model.num_inference_steps)
-        with use.recording():
-            images = sampling.generate(
-                self.pipeline,
-                unit.prompts,
-                unit.numbers,
-                noise.derive_seed(self.params.seed, GENERATION),
-                resolution=model.resolution,
-                num_inference_steps=model.num_inference_steps,
-                guidance_scale=model.guidance_scale,
-                max_sequence_length=model.max_sequence_length,
-            )
-        return Pictures(images, use.experts, use.blocks)
-
-    def validation(self, batch_size: int) -> dict[str, float]:
-        """The distillation loss against the dense teacher on the fixed validation samples."""
-        from moe_core import sampling
-        from moe_core.data.latents import LatentDataset
-        from tasks.places import SHARDS, TEACHER
-        from tasks.validation import validation_loss
-
-        device, precision = self.pipeline.device, self.params.model.precision
-        teacher = self.pipeline.transformer
-        if not self.dense:
-            teacher = sampling.load_transformer(self.root / TEACHER / "transformer", sampling.DTYPES[precision]).to(
-                device
-            )
-        data = LatentDataset(self.root / SHARDS, "val")
-        with sampling.autocast(device, precision):
-            pipeline = sampling.with_transformer(self.pipeline, teacher)
-            return validation_loss(pipeline, self.pipeline.transformer, data, self.params, batch_size)
-
-    def cost(self) -> dict[str, Any]:
-        """Parameters, and FLOPs of one call for one picture."""
-        from dataclasses import asdict
-
-        from moe_core import accounting, sampling
-
-        counts = accounting.count(self.pipeline.transformer)
-        side = self.params.model.resolution // (self.pipeline.vae_scale_factor * LATENT_PATCH)
-        text = sampling.text_length(self.pipeline, self.params.model.max_sequence_length)
-        params = asdict(counts) | {
-            "by_module": {name: round(module.activated) for name, module in counts.by_module.items()}
-        }
-        return {"params": params, "flops": accounting.flops(self.pipeline.transformer, side * side, text).total}
+        began = time.monotonic()
+        images = pipelines.paint(
+            self.pipeline,
+            [picture.prompt.text for picture in unit.pictures],
+            [picture.seed for picture in unit.pictures],
+            self.source.arguments or {},
+        )
+        for picture, image in zip(unit.pictures, images, strict=True):
+            _write(unit.folder / picture.file, Image.fromarray(image))
+        return time.monotonic() - began
 
 
-@dataclass(frozen=True)
-class Made:
-    """Everything that actors made of one model."""
-
-    pictures: list[Pictures]
-    validation: dict[str, float]
-    cost: dict[str, Any]
-
-
-def make(
-    arguments: tuple[Path, Params, Path, bool], units: list[Unit], batch_size: int, done: Callable[[int, int], None]
-) -> Made:
-    """Deals the units to `compute.num_workers` actors; `done(units done, all)` is called as they come back."""
-    compute: ComputeConfig = arguments[1].compute
-    if compute.num_workers == 0:
-        generator = Generator(*arguments)
-        return Made([generator.pictures(unit) for unit in units], generator.validation(batch_size), generator.cost())
-    with _actors(compute, arguments) as actors:
-        waiting: list[Any] = [actors[i % len(actors)].pictures.remote(unit) for i, unit in enumerate(units)]
-        validation, cost = actors[-1].validation.remote(batch_size), actors[0].cost.remote()
-        for count in range(1, len(units) + 1):
-            ray.wait(waiting, num_returns=count)
-            done(count, len(units))
-        return Made(ray.get(waiting), ray.get(validation), ray.get(cost))
+def make(source: PipelineSource, units: Sequence[Unit], compute: ComputeConfig, told: Told) -> float:
+    """Deals the units that are not there yet to `compute.num_workers` actors; returns seconds of work, without loading."""
+    for unit in units:
+        unit.folder.mkdir(parents=True, exist_ok=True)
+    todo, seconds = [unit for unit in units if not unit.is_done], 0.0
+    count = sum(len(unit.pictures) for unit in units)
+    there = count - sum(len(unit.pictures) for unit in todo)
+    began = time.monotonic()
+    if not todo:
+        return seconds
+    with actors(Painter, (source, compute), compute, len(todo)) as painters:
+        made = 0
+        for unit, taken in painters.each("paint", todo):
+            made, seconds = made + len(unit.pictures), seconds + taken
+            told(there + made, count, made / (time.monotonic() - began))
+    return seconds
 
 
-@contextmanager
-def _actors(compute: ComputeConfig, arguments: tuple[Path, Params, Path, bool]) -> Iterator[list[Any]]:
-    """All actors or none: two evaluations side by side that each held half the machine would wait for each other for ever."""
-    bundle = {"CPU": float(compute.cpus_per_worker)} | ({"GPU": 1.0} if compute.use_gpu else {})
-    group = placement_group([bundle] * compute.num_workers, strategy="PACK")
-    try:
-        options = {
-            "num_cpus": compute.cpus_per_worker,
-            "num_gpus": int(compute.use_gpu),
-            "max_restarts": compute.max_failures,
-            "max_task_retries": compute.max_failures,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
-        }
-        yield [ray.remote(Generator).options(**options).remote(*arguments) for _ in range(compute.num_workers)]
-    finally:
-        # Ends the actors too.
-        remove_placement_group(group)
+def units(folder: Path, pictures: Sequence[Picture], size: int) -> list[Unit]:
+    """A suite's pictures cut into units of `size`."""
+    return [Unit(folder, tuple(pictures[first : first + size])) for first in range(0, len(pictures), size)]
+
+
+def _write(path: Path, image: Image.Image) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe_core.config import Params, parse
 from tasks import outs
 from tasks.places import IMPORTANCE, SHARDS, TEACHER
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 if TYPE_CHECKING:
     import torch
@@ -99,4 +99,4 @@ def merge(units: Path, out: Path) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
-    execute("importance", importance, resumable=True)
+    execute("importance", importance, resumable=True, joins=workers)

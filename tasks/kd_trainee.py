@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_core import noise, sampling, sharding
+from moe_core.compiling import compile_blocks
 from moe_core.config import KDStageConfig, Params
 from moe_core.data.latents import LatentDataset
 from moe_core.distill import KDBatch, KDStep
@@ -91,6 +92,9 @@ class KDTrainee:
     ) -> None:
         self.pipeline = pipeline
         student.set_expert_backend(params.compute.expert_backend)
+        if params.compute.compile:
+            for model in (student, pipeline.transformer):
+                compile_blocks(model)
         self.module: nn.Module = KDStep(student, pipeline.transformer, config)
         self.student = student
         self.params = params

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moe_core.errors import ConfigError, Dense2MoEError
-from tasks.places import BASELINES, CURVES, EVALUATIONS, IMAGES, MOB, STAGE_REPORTS, STUDIES, STUDY_REPORTS
+from tasks.places import BASELINES, CURVES, EVALUATIONS, IMAGES, INSPECTIONS, MOB, STAGE_REPORTS, STUDIES, STUDY_REPORTS
 from tasks.project import read_params
 
 
@@ -20,7 +20,7 @@ def find(root: Path, models: Collection[str], studies: Collection[str]) -> list[
     named = [
         *((path, path.name) for folder in (MOB, BASELINES) for path in _inside(root / folder)),
         *((path, path.name) for path in _inside(root / IMAGES)),
-        *((path, path.stem) for path in _inside(root / EVALUATIONS)),
+        *((path, path.stem) for folder in (EVALUATIONS, INSPECTIONS) for path in _inside(root / folder)),
         *((path, path.stem.partition("-")[2]) for path in _reports(root)),
     ]
     studied = [(path, path.name) for folder in (STUDIES, STUDY_REPORTS) for path in _inside(root / folder)]
@@ -61,7 +61,10 @@ def _reports(root: Path) -> list[Path]:
     """Reports of the stages that there are one of for each model or level."""
     folders = (root / STAGE_REPORTS, root / CURVES)
     return [
-        path for folder in folders for kind in ("mob_kd", "baseline", "evaluate") for path in folder.glob(f"{kind}-*")
+        path
+        for folder in folders
+        for kind in ("mob_kd", "baseline", "generate", "evaluate")
+        for path in folder.glob(f"{kind}-*")
     ]
 
 

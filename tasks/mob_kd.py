@@ -12,7 +12,7 @@ from moe_core.config import Params, parse
 from moe_core.errors import ConfigError
 from tasks.distillation import distil
 from tasks.places import IMPORTANCE, MOB
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 if TYPE_CHECKING:
     import torch
@@ -53,4 +53,4 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str, le
 
 
 if __name__ == "__main__":
-    execute(f"mob_kd@{sys.argv[1]}", partial(mob_kd, sys.argv[1]), resumable=True)
+    execute(f"mob_kd@{sys.argv[1]}", partial(mob_kd, sys.argv[1]), resumable=True, joins=workers)

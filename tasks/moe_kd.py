@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_core.config import Params, parse
 from tasks.distillation import distil
 from tasks.places import IMPORTANCE, MOE, SHARED_EXPERT, TEACHER
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 if TYPE_CHECKING:
     import torch
@@ -46,4 +46,4 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str) ->
 
 
 if __name__ == "__main__":
-    execute("moe_kd", moe_kd, resumable=True)
+    execute("moe_kd", moe_kd, resumable=True, joins=workers)

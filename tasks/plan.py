@@ -60,7 +60,7 @@ def render(params: Params, stages: Sequence[StageCost]) -> str:
 def _models(stages: Sequence[StageCost]) -> list[str]:
     rows = []
     for stage in stages:
-        if stage.parameters is None or not stage.stage.startswith("evaluate@"):
+        if stage.parameters is None or not stage.stage.startswith("generate@"):
             continue
         count, kinds = stage.parameters, stage.parameters.by_kind()
         split = [f"{_billions(kinds[kind].activated)}" for kind in ("ffn", "attention", "adaln", "other")]
@@ -146,7 +146,7 @@ def _verdict(params: Params, stages: Sequence[StageCost]) -> list[str]:
 
 
 def _remedy(stage: str) -> str:
-    if stage.startswith("evaluate"):
+    if stage.startswith("generate"):
         return "Smaller: `eval.batch_size`."
     if stage == "latency":
         return "Smaller: `eval.latency_batch_sizes`."

@@ -23,7 +23,7 @@ from moe_core.dry_run import OPTIMIZER, STUDENT, TEACHER, VAE, Cost, Inputs, Uni
 from moe_core.memory import ACTIVATIONS
 from moe_core.teacher_training import VAEStep
 from moe_core.transformer import FluxMoETransformer2DModel
-from tasks import checkpoints, optimizer
+from tasks import checkpoints, optimizer, plan_suites
 from tasks.plan_teacher import Teacher
 
 MASTER_BYTES = 4
@@ -90,7 +90,7 @@ class Costs:
             made.append(self.distillation(f"mob_kd@{level}", self.params.kd.mob, self.configs[level]))
         for name, baseline in self.params.baselines.items():
             made.append(self.distillation(f"baseline@{name}", baseline.kd, self.configs[name]))
-        return [*made, *(self.evaluation(name) for name in self.configs), self.latency()]
+        return [*made, *(self.generation(name) for name in self.configs), *self.scoring(), self.latency()]
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -229,10 +229,11 @@ class Costs:
         work = f"{optim.steps} steps of {optim.batch_size}, {local} at once on a GPU"
         return StageCost(name, work, flops, memory, disk, meanwhile, counts, gpus=self._gpus(name))
 
-    def evaluation(self, name: str) -> StageCost:
-        """Pictures of all prompts, and the validation loss."""
+    def generation(self, name: str, benchmarks: bool = True) -> StageCost:
+        """Pictures of all prompts, of every suite or of the data's own, and the validation loss."""
         params, made = self.params, self._sampling(name, min(self.params.eval.batch_size, self.params.eval.prompts))
-        prompts, size = params.eval.prompts, params.eval.batch_size
+        size, more = params.eval.batch_size, plan_suites.more_pictures(params) if benchmarks else 0
+        prompts = params.eval.prompts + more
         flops, memory = prompts * made.flops, dict(made.memory)
         beside = 0 if name == "teacher" else self._sizes["transformer"] * self.given.itemsize
         # Either the teacher is there for the validation loss, or the VAE decodes.
@@ -246,9 +247,20 @@ class Costs:
         counts = accounting.count(self._shape(self.configs[name]))
         work = f"{prompts} pictures of {params.model.num_inference_steps} steps, {size} at once"
         return StageCost(
-            f"evaluate@{name}", work, flops + validation, memory, parameters=counts,
-            step_flops=self._flops(self.configs[name]), gpus=self._gpus("evaluate"),
+            f"generate@{name}", work, flops + validation, memory, parameters=counts,
+            step_flops=self._flops(self.configs[name]), gpus=self._gpus("generate"),
         )  # fmt: skip
+
+    def scoring(self) -> list[StageCost]:
+        """The benchmarks' scorers over one model's pictures; none where there are no benchmarks."""
+        flops = plan_suites.scoring_flops(self.params)
+        if not flops:
+            return []
+        work = f"{', '.join(flops)}; {plan_suites.more_pictures(self.params)} pictures"
+        return [
+            StageCost(f"evaluate@{name}", work, sum(flops.values()), gpus=self._gpus("evaluate"))
+            for name in self.configs
+        ]
 
     def latency(self) -> StageCost:
         """Whole samplings of each model in turn with the teacher, which stays in memory beside it."""

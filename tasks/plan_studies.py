@@ -31,7 +31,10 @@ def _study(params: Params, teacher: Teacher, name: str, study: StudyConfig) -> S
         trained = trained.model_copy(update={"compute": trained.compute.model_copy(update=ALONE)})
         costs, model = Costs(trained, teacher), MODELS.get(own.stage, arm)
         config = trained.baselines[arm].kd if own.stage == "baseline" else getattr(trained.kd, TEMPLATES[own.stage])
-        training, pictures = costs.distillation(own.stage, config, costs.configs[model]), costs.evaluation(model)
+        training, pictures = (
+            costs.distillation(own.stage, config, costs.configs[model]),
+            costs.generation(model, benchmarks=False),
+        )
         once = training.flops * share + pictures.flops * study.prompts / params.eval.prompts * len(study.budgets)
         flops += once * len(study.seeds)
         steps += own.share * sum(study.budgets.values()) * len(study.seeds)

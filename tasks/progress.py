@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 PROGRESS_FILE = "DENSE2MOE_PROGRESS"
 """Environment variable: a file to which one JSON line an event is appended."""
+
+
+Told = Callable[[int, int, float], None]
+"""Is called with pictures done, all of them, and pictures a second."""
+
+SAY_S = 30.0
+"""Seconds between lines of a log that is no terminal."""
 
 
 class Progress:
@@ -24,6 +33,7 @@ class Progress:
         self.stage = stage
         self._phase: str | None = None
         self._bar: tqdm | None = None
+        self._said = time.monotonic()
         path = os.environ.get(PROGRESS_FILE)
         self._path = Path(path) if path else None
 
@@ -41,6 +51,20 @@ class Progress:
                 self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self._bar.update(step - self._bar.n)
         self._phase = phase
+
+    def pictures(self, phase: str, done: int, count: int, rate: float) -> None:
+        """The same for pictures; `rate` is how many there are a second."""
+        left = (count - done) / rate if rate else float("nan")
+        self.update(phase, done, count)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{rate:.3g} pictures/s, {left:.0f} s left", refresh=False)
+        elif done == count or time.monotonic() - self._said > SAY_S:
+            self._said = time.monotonic()
+            print(
+                f"{phase}: {done} of {count} pictures, {rate:.3g} a second, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         """Ends the bar, if there is one."""

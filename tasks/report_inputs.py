@@ -137,7 +137,7 @@ class Manifest(Record):
 
 
 class Picture(Record):
-    """One line of `data/images/<model>/prompts.jsonl`."""
+    """One line of `data/evaluations/<model>/pictures.jsonl`."""
 
     index: int
     file: str
@@ -189,11 +189,11 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
     """
     models = tuple(params.models)
     reports, data = root / "reports", root / "data"
-    pictures = {name: _pictures(data / "images" / name, name) for name in models}
+    pictures = {name: _pictures(root / EVALUATIONS / name, data / "images" / name, name) for name in models}
     for name in models[1:]:
         if [p.prompt for p in pictures[name]] != [p.prompt for p in pictures["teacher"]]:
             raise DataError(
-                f"data/images/{name}/prompts.jsonl has other prompts than data/images/teacher/prompts.jsonl;"
+                f"data/evaluations/{name}/pictures.jsonl has other prompts than data/evaluations/teacher/pictures.jsonl;"
                 f" all models must be evaluated on the same ones: dvc repro evaluate@{name}"
             )
     evaluations = {n: _record(Evaluation, root / EVALUATIONS / f"{n}.json", f"evaluate@{n}") for n in models}
@@ -249,9 +249,9 @@ def _parse(kind: type[RecordT], text: str, where: str, stage: str) -> RecordT:
         raise DataError(f"{where}: {key}: {fault['msg']}; stage {stage} makes it: dvc repro --force {stage}") from None
 
 
-def _pictures(folder: Path, model: str) -> tuple[Picture, ...]:
+def _pictures(evaluation: Path, folder: Path, model: str) -> tuple[Picture, ...]:
     """The pictures of one model, in prompt order, each checked to be there."""
-    stage, path = f"evaluate@{model}", folder / "prompts.jsonl"
+    stage, path = f"evaluate@{model}", evaluation / "pictures.jsonl"
     lines = _text(path, stage).splitlines()
     pictures = tuple(_parse(Picture, line, f"{path}:{number}", stage) for number, line in enumerate(lines, 1))
     if not pictures:

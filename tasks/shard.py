@@ -35,7 +35,7 @@ from tasks.places import SHARDS, SOURCE, TEACHER
 from tasks.shard_parts import ENTRY, Parts
 from tasks.shard_workers import Encoder, Reader, Writer
 from tasks.source_files import source_of, units_of
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 SHARE_OF_CPU = 0.5
 """What a reader and an encoder each claim of Ray: both must fit where there is one CPU."""
@@ -218,4 +218,4 @@ def _link(made: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute("shard", shard, resumable=True)
+    execute("shard", shard, resumable=True, joins=workers)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_core.config import Params, parse
 from tasks.distillation import distil
 from tasks.places import IMPORTANCE, SHARED_EXPERT, TEACHER
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 if TYPE_CHECKING:
     import torch
@@ -57,4 +57,4 @@ def build(device: torch.device, root: str, params: dict[str, Any], made: str) ->
 
 
 if __name__ == "__main__":
-    execute("shared_expert_kd", shared_expert_kd, resumable=True)
+    execute("shared_expert_kd", shared_expert_kd, resumable=True, joins=workers)

@@ -21,7 +21,7 @@ from moe_core.data.sources import open_source
 from moe_core.data.sources.reading import Kept, keep
 from moe_core.data.sources.units import Unit
 from moe_core.errors import DataError
-from tasks import outs
+from tasks import outs, suite_prompts
 from tasks.places import PROMPTS, SOURCE
 from tasks.source_files import LISTING, source_of, units_of
 from tasks.stage import Stage, execute
@@ -31,7 +31,7 @@ TRIED = ((64, 64),)
 
 
 def source(stage: Stage) -> None:
-    """Writes data/source/ and data/prompts.jsonl."""
+    """Writes data/source/, data/prompts.jsonl and data/suites/."""
     data, root = stage.params.data, stage.root
     files: dict[str, int] = {}
     count = 0
@@ -47,7 +47,11 @@ def source(stage: Stage) -> None:
                 stage.progress.update("list", count, count)
     prompts = _prompts(stage.params, root)
     outs.write_text(root / PROMPTS, "".join(json.dumps(prompt, sort_keys=True) + "\n" for prompt in prompts))
-    stage.summary({"files": len(files), "units": count, "bytes": sum(files.values()), "prompts": len(prompts)})
+    counts = suite_prompts.collect(root, stage.params)
+    stage.summary(
+        {"files": len(files), "units": count, "bytes": sum(files.values()), "prompts": len(prompts)}
+        | {f"prompts_{name}": number for name, number in counts.items()}
+    )
 
 
 def _units(params: Params, folder: Path) -> Iterator[Unit]:

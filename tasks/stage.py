@@ -16,17 +16,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moe_core.config import Params
 from moe_core.errors import Dense2MoEError
 from tasks import leftovers, outs
-from tasks.fingerprint import Identity, identify
 from tasks.places import STAGE_REPORTS
 from tasks.progress import Progress
 from tasks.project import git_state, main_checkout, read_params
-from tasks.resume import ResumeFolder
-from tasks.tracking import StageRun
+
+if TYPE_CHECKING:
+    from tasks.cluster import Early
+    from tasks.fingerprint import Identity
+    from tasks.resume import ResumeFolder
+    from tasks.tracking import StageRun
 
 RESUME_ROOT = ".resume"
 LIBRARIES = ("torch", "diffusers", "transformers", "ray", "mlflow", "dvc")
@@ -44,6 +47,7 @@ class Stage:
     run: StageRun
     progress: Progress
     resume: ResumeFolder | None = None
+    early_ray: Early | None = None
 
     @property
     def file_name(self) -> str:
@@ -53,11 +57,15 @@ class Stage:
     @contextlib.contextmanager
     def ray(self, module: str = "torch") -> Iterator[None]:
         """Inside, Ray is up; `module`, which is slow to load, loads while Ray's processes start."""
-        # Ray is not imported by stages that do without it.
-        from tasks import cluster
-
         threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
-        with cluster.connect(self.name.replace("@", "-"), self.params.compute):
+        with contextlib.ExitStack() as stack:
+            if self.early_ray is not None:
+                self.early_ray.joined()
+            else:
+                # Ray is not imported by stages that do without it.
+                from tasks import cluster
+
+                stack.enter_context(cluster.connect(self.name, self.params.compute))
             self.run.tag({"device": _device(self.params.compute.use_gpu)})
             yield
 
@@ -68,14 +76,25 @@ class Stage:
         self.run.metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def execute(name: str, body: Callable[[Stage], None], resumable: bool = False) -> NoReturn:
+def workers(params: Params) -> bool:
+    """Whether a stage has its work done in Ray's workers."""
+    return params.compute.num_workers > 0
+
+
+def execute(
+    name: str,
+    body: Callable[[Stage], None],
+    resumable: bool = False,
+    joins: Callable[[Params], bool] = lambda params: False,
+) -> NoReturn:
     """Runs a stage and ends the process: 0, 2 after an error of this project (one clear message), 143 after SIGTERM.
 
-    `resumable`: the stage trains, and has a resume folder.
+    `resumable`: the stage trains, and has a resume folder. `joins`: whether it will enter `Stage.ray`, so that Ray is asked for
+    before anything else.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _execute(name, body, resumable)
+        _execute(name, body, resumable, joins)
     except Exception as error:
         if (ours := _ours(error)) is None:
             raise
@@ -97,17 +116,27 @@ def _ours(error: BaseException | None) -> Dense2MoEError | None:
     return None
 
 
-def _execute(name: str, body: Callable[[Stage], None], resumable: bool) -> None:
+def _execute(name: str, body: Callable[[Stage], None], resumable: bool, joins: Callable[[Params], bool]) -> None:
     root = Path.cwd()
     params = read_params(root)
     leftovers.check(root, params.models)
     params = params.model_copy(update={"compute": params.compute.of(name)})
-    [identity] = identify(root, name)
     with contextlib.ExitStack() as stack:
+        early = None
+        if joins(params):
+            from tasks import cluster
+
+            early = stack.enter_context(cluster.Early(name, params.compute))
+        # DVC and MLflow load while Ray starts a worker process.
+        from tasks.fingerprint import identify
+        from tasks.resume import ResumeFolder
+        from tasks.tracking import StageRun
+
+        [identity] = identify(root, name)
         resume = stack.enter_context(ResumeFolder(main_checkout(root) / RESUME_ROOT, identity)) if resumable else None
         run = StageRun(root, identity, _earlier_run(resume))
         status = "FAILED"
-        stage = Stage(name, root, params, identity, run, Progress(name), resume)
+        stage = Stage(name, root, params, identity, run, Progress(name), resume, early)
         try:
             if resume:
                 outs.write_text(resume.path / "mlflow_run", run.run_id)

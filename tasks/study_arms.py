@@ -23,7 +23,7 @@ from moe_core.config.studies import TEMPLATES, place
 from moe_core.errors import Dense2MoEError
 from tasks import outs
 from tasks.phase import METRICS, PRODUCT, Phase
-from tasks.places import DENSE, IMAGES, IMPORTANCE, PROMPTS, SHARDS, TEACHER
+from tasks.places import DENSE, IMAGES, IMPORTANCE, SHARDS, TEACHER
 
 RESULT = "result.json"
 PHASE = "train"
@@ -180,29 +180,41 @@ def _train(folder: Path, run: Run) -> float:
 
 def _measure(root: Path, params: Params, prompts: int, model: Path) -> dict[str, Any]:
     """What stage `evaluate` says of a model, of its first prompts."""
-    from moe_core.metrics import fidelity
-    from tasks import generation, judgement
-    from tasks.evaluate import read_pictures
-    from tasks.prompts import read_prompts
+    import torch
 
-    records = read_prompts(root / PROMPTS)
-    reference = read_pictures(root / IMAGES / DENSE, len(records))[:prompts]
-    records, size = records[:prompts], params.eval.batch_size
-    numbers = [list(range(first, min(first + size, len(records)))) for first in range(0, len(records), size)]
-    units = [generation.Unit(cut, [records[i]["prompt"] for i in cut]) for cut in numbers]
-    here = params.model_copy(update={"compute": params.compute.model_copy(update={"num_workers": 0})})
-    made = generation.make((root, here, model, False), units, size, lambda done, of: None)
-    images = np.concatenate([unit.images for unit in made.pictures])
-    judged = judgement.judge(root, params, records, images)
-    measures = {"kd_loss": made.validation["distill"], "teacher_distance": fidelity.mean_distance(images, reference)}
+    from moe_core import pipelines
+    from moe_core.metrics import fidelity
+    from tasks import generate, judgement, scoring, suites
+    from tasks.inspection import Inspector
+
+    own = suites.own_suite(root, params.eval)
+    pictures, size = suites.pictures(own, params.seed)[:prompts], params.eval.batch_size
+    teacher = root / IMAGES / DENSE / own.name
+    reference = np.stack([np.asarray(scoring.read_picture(teacher / picture.file)) for picture in pictures])
+    source = generate.source_of(root, params, model)
+    pipeline = pipelines.load(source, torch.device("cuda" if params.compute.use_gpu else "cpu"))
+    cuts = [pictures[first : first + size] for first in range(0, len(pictures), size)]
+    images = np.concatenate(
+        [
+            pipelines.paint(pipeline, [p.prompt.text for p in cut], [p.seed for p in cut], source.arguments or {})
+            for cut in cuts
+        ]
+    )
+    judged = judgement.judge(root, params, [dict(picture.prompt.record) for picture in pictures], images)
+    inspector = Inspector(root, params, model, dense=False)
+    cost = inspector.cost()
+    measures = {
+        "kd_loss": inspector.validation()["distill"],
+        "teacher_distance": fidelity.mean_distance(images, reference),
+    }
     if judged is not None:
         measures |= {"accuracy": judged.accuracy, "fid": judged.fid}
-    counts = {key: made.cost["params"][key] for key in ("total", "activated")}
+    counts = {key: cost["params"][key] for key in ("total", "activated")}
     return {
         "measures": measures,
         "accuracy_by_kind": None if judged is None else judged.accuracy_by_kind,
         "params": counts,
-        "flops": made.cost["flops"],
+        "flops": cost["flops"],
     }
 
 

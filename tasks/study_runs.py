@@ -21,7 +21,7 @@ from moe_core.errors import ConfigError
 from tasks import outs, study_arms
 from tasks.places import STUDIES
 from tasks.project import main_checkout
-from tasks.stage import RESUME_ROOT, Stage, execute
+from tasks.stage import RESUME_ROOT, Stage, execute, workers
 from tasks.study_arms import Run
 from tasks.tracking import flatten
 
@@ -135,4 +135,4 @@ def _log(stage: Stage, run: Run, made: dict[str, Any], new: bool) -> None:
 
 
 if __name__ == "__main__":
-    execute(f"study_runs@{sys.argv[1]}", partial(study_runs, sys.argv[1]), resumable=True)
+    execute(f"study_runs@{sys.argv[1]}", partial(study_runs, sys.argv[1]), resumable=True, joins=workers)

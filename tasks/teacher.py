@@ -15,7 +15,7 @@ from moe_core.config import Params, parse
 from tasks import curves, given_teacher, outs
 from tasks.places import CURVES, TEACHER
 from tasks.run_training import train_stage
-from tasks.stage import Stage, execute
+from tasks.stage import Stage, execute, workers
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,10 @@ def build_transformer(device: torch.device, root: str, params: dict[str, Any], v
     )
 
 
+def _trains(params: Params) -> bool:
+    return params.model.source == "train" and workers(params)
+
+
 def _new(root: str, params: dict[str, Any]) -> tuple[Params, Pictures, FluxPipeline]:
     """The parameters, the pictures, and a new pipeline for them: the same in every phase."""
     from moe_core import noise, small_flux
@@ -134,4 +138,4 @@ def _new(root: str, params: dict[str, Any]) -> tuple[Params, Pictures, FluxPipel
 
 
 if __name__ == "__main__":
-    execute("teacher", teacher, resumable=True)
+    execute("teacher", teacher, resumable=True, joins=_trains)

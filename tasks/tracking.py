@@ -187,6 +187,10 @@ class StageRun:
         """Logs one picture as an artifact."""
         self.client.log_image(self.run_id, picture, artifact_file=f"images/{name}")
 
+    def table(self, name: str, rows: pd.DataFrame) -> None:
+        """Logs a table as an artifact that MLflow shows."""
+        self.client.log_table(self.run_id, rows, artifact_file=f"tables/{name}")
+
     def model(self, name: str, checkpoint: Path, metrics: Mapping[str, float]) -> None:
         """Records that this run made a model; no copy is taken.
 

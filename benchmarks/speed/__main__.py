@@ -11,7 +11,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import growth, kd_step, layer, models, tables
+from benchmarks.speed import growth, kd_step, layer, memory, models, sampling, tables
 from moe_core import backend_choice
 from moe_core.dry_run import Inputs
 
 RESULTS = Path("benchmarks/results")
+SECTIONS = ("layer", "models", "sampling", "kd_step", "memory", "growth")
+"""`sampling` is for GPUs: a CPU would take an hour."""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -38,32 +40,36 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def sections(device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Name -> what measures it."""
+    """Name -> what measures it: everything at once, or an iterator over rows, which are written as they come."""
     if device.type == "cuda":
         return {
-            "layer": lambda: [layer.measure(case, device) for case in layer.cases(device)],
+            "layer": lambda: (layer.measure(case, device) for case in layer.cases(device)),
             "models": lambda: _full_size(device),
+            "sampling": lambda: (
+                row for samples in (1, 4) for row in sampling.measure(models.of_gpu(), device, samples, 4096, 512)
+            ),
+            "memory": lambda: memory.measure(models.of_gpu(), device, 4096, 512),
             "growth": lambda: growth.measure(device, torch.bfloat16),
             # Last: whether all of it fits one GPU nobody has seen.
             "kd_step": lambda: kd_step.measure(models.of_gpu(), torch.bfloat16, device, Inputs(1, 4096, 512)),
         }
     precisions = (torch.float32, torch.bfloat16)
     return {
-        "layer": lambda: [layer.measure(case, device) for case in layer.cases(device)],
+        "layer": lambda: (layer.measure(case, device) for case in layer.cases(device)),
         "models": lambda: [
             *(models.measure(models.of_cpu(), dtype, device, rounds=3) for dtype in precisions),
             models.measure(models.of_cpu(), torch.bfloat16, device, skewed=True, rounds=3),
             models.measure(models.of_cpu(), torch.bfloat16, device, samples=4, image=128, text=32, rounds=3),
         ],
         "kd_step": lambda: kd_step.measure(models.of_cpu(), torch.float32, device, Inputs(1, 128, 32)),
+        "memory": lambda: memory.measure(models.of_cpu(), device, 64, 16),
         "growth": lambda: growth.measure(device, torch.float32),
     }
 
 
-def _full_size(device: torch.device) -> list[dict[str, Any]]:
+def _full_size(device: torch.device) -> Iterator[dict[str, Any]]:
     """The paper's Table 1; a pair of models in memory at a time, as eight do not fit."""
     dense, *others = models.of_gpu().items()
-    found = []
     for samples, compiled, skewed in (
         (1, False, False),
         (1, True, False),
@@ -79,18 +85,19 @@ def _full_size(device: torch.device) -> list[dict[str, Any]]:
             )  # fmt: skip
             whole = {**pair, "models": {**whole["models"], **pair["models"]}}
             torch.cuda.empty_cache()
-        found.append(whole)
-    return found
+        yield whole
 
 
 def main() -> int:
-    """Measures, and writes what it has after each section."""
+    """Measures, and writes what it has: on a GPU lent for minutes, an end by time loses a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", nargs="+", choices=["layer", "models", "kd_step", "growth"])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--to", type=Path, default=RESULTS)
     given = parser.parse_args()
     device, target = torch.device(given.device), given.to / f"speed-{given.device}"
+    if missing := [name for name in given.only or () if name not in sections(device)]:
+        parser.error(f"{missing[0]} is not measured on {given.device}")
     file = target.with_suffix(".json")
     report: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and given.only else {}
     report["machine"] = machine(device)
@@ -98,10 +105,16 @@ def main() -> int:
         if given.only and name not in given.only:
             continue
         began = time.perf_counter()
-        report[name] = run()
+        found = run()
+        if isinstance(found, Iterator):
+            report[name] = []
+            for row in found:
+                report[name].append(row)
+                _write(report, file)
+        else:
+            report[name] = found
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-        given.to.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        _write(report, file)
     target.with_suffix(".md").write_text(tables.markdown(report, target.name))
     if find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed")
@@ -109,6 +122,11 @@ def main() -> int:
         tables.plot(report, target.with_suffix(".svg"))
     print(target.with_suffix(".md").read_text())
     return 0
+
+
+def _write(report: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How a MoE layer's time grows: with tokens, experts, active experts, and, of a model with groups, with the batch.
+"""How a MoE layer's time grows: with tokens, experts, active experts, of a model with groups, with the batch; and a KD step's with workers.
 
-One layer, 1,024 wide; times over those of the smallest case, beside what the arithmetic says.
+One layer, 1,024 wide; times over those of the smallest case, beside what the arithmetic says. Workers: `benchmarks.speed.workers`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[dict[str
     }
     found = {axis: _rows(ways, device) for axis, ways in axes.items()}
     found["batch"] = _batches(device, dtype)
+    if device.type == "cpu":
+        # Here, as it takes the loop and so more packages than a rented GPU machine has; and that has one GPU.
+        from benchmarks.speed import workers
+
+        found["workers"] = workers.measure()
     return found
 
 

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed import timing
 from moe_core import accounting, references
+from moe_core.compiling import compile_blocks
 from moe_core.moe import MoELayer, Routing
 from moe_core.transformer import MOB_DEFAULTS, MOE_DEFAULTS, FluxMoETransformer2DModel
 
@@ -166,6 +167,7 @@ def measure(
     """One step of every model, in turn; the dense one first."""
     ways: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
+    torch._dynamo.reset()
     for name, config in configs.items():
         model = build(config, dtype, device)
         if skewed:
@@ -175,7 +177,7 @@ def measure(
             model(**given)
         flops = accounting.flops(model, image, text).total
         if compiled:
-            model.compile_repeated_blocks(fullgraph=True)
+            compile_blocks(model, fullgraph=True)
         ways[name] = lambda model=model, given=given: model(**given)  # type: ignore[misc]
         rows[name] = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -9,7 +9,13 @@ from typing import Any
 from benchmarks.speed.layer import ARITHMETIC
 
 LINES = {"expected_ratio": "arithmetic", "ratio": "measured"}
-AXES = {"tokens": "tokens", "experts": "experts", "top_k": "active experts", "batch": "samples of a batch (XS)"}
+AXES = {
+    "tokens": "tokens",
+    "experts": "experts",
+    "top_k": "active experts",
+    "batch": "samples of a batch (XS)",
+    "workers": "workers, a KD step",
+}
 
 
 def markdown(report: dict[str, Any], name: str) -> str:
@@ -22,7 +28,14 @@ def markdown(report: dict[str, Any], name: str) -> str:
         " taken within a round, quartiles in brackets."
         f" Made by `python -m benchmarks.speed --device {name.rpartition('-')[2]}`.\n",
     ]
-    for section, make in (("layer", _layer), ("models", _models), ("kd_step", _kd_step), ("growth", _growth)):
+    for section, make in (
+        ("layer", _layer),
+        ("models", _models),
+        ("sampling", _sampling),
+        ("kd_step", _kd_step),
+        ("memory", _memory),
+        ("growth", _growth),
+    ):
         if section in report:
             parts += [*make(report[section])]
     if "growth" in report:
@@ -93,6 +106,47 @@ def _kd_step(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield _table(head, body)
 
 
+def _sampling(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"## One denoising step and a sampling of {rows[0]['steps']}, bf16, over the dense model's\n"
+    ways = list(rows[0]["ways"])
+    head = ["model", "samples", *(f"{way}: {what}" for way in ways for what in ("step", "sampling", "graphs", "GB"))]
+    body = []
+    for row in rows:
+        cells = []
+        for way in row["ways"].values():
+            cells += [f"{way[f'{name}_s']:.3g} s, {way[f'{name}_ratio']:.3f}" for name in ("step", "sampling")]
+            cells += [str(way["recorded"] or ""), f"{way['resident'] / 1e9:.1f}"]
+        body.append([row["model"], str(row["samples"]), *cells])
+    yield _table(head, body)
+
+
+def _memory(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield "## Weights on the device, bf16, one sample\n"
+    head = [
+        "model",
+        "all weights, MB",
+        "with group offload: most at once, MB",
+        "over all",
+        "brought in a step, MB",
+        "memory at most: all there, MB",
+        "with group offload, MB",
+    ]
+    body = []
+    for name, row in rows.items():
+        sizes = {key: f"{value / 1e6:.0f}" for key, value in row.items()}
+        share = f"{row['resident'] / row['weights']:.3f}"
+        cells = [
+            sizes["weights"],
+            sizes["resident"],
+            share,
+            sizes["brought"],
+            sizes["peak_all"],
+            sizes["peak_offloaded"],
+        ]
+        body.append([name, *cells])
+    yield _table(head, body)
+
+
 def _growth(axes: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     yield "## How time grows\n"
     for axis, rows in axes.items():
@@ -100,6 +154,7 @@ def _growth(axes: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             ["seconds", *(f"{row['seconds']:.3g}" for row in rows)],
             ["over the first", *(f"{row['ratio']:.2f}" for row in rows)],
             ["arithmetic", *(f"{row['expected_ratio']:.2f}" for row in rows)],
+            *([["images a second", *(f"{row['images_per_second']:.2f}" for row in rows)]] if axis == "workers" else []),
         ])  # fmt: skip
 
 
@@ -109,14 +164,15 @@ def plot(report: dict[str, Any], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "speed"
-    figure, panels = plt.subplots(1, len(AXES), figsize=(13, 3.2), layout="constrained")
-    for panel, (axis, title) in zip(panels, AXES.items()):
-        rows = report["growth"][axis]
+    axes = report["growth"]
+    figure, panels = plt.subplots(1, len(axes), figsize=(2.7 * len(axes), 3.2), layout="constrained")
+    for panel, (axis, rows) in zip(panels, axes.items()):
         x = [row["x"] for row in rows]
         # Over the largest case: what is above the line is what small cases pay beside their arithmetic.
         for key, look in (("expected_ratio", {"color": "0.6", "linestyle": "--"}), ("ratio", {"marker": "o"})):
             panel.plot(x, [row[key] / rows[-1][key] for row in rows], label=LINES[key], **look)
-        panel.set_xlabel(title)
+        panel.set_xlabel(AXES[axis])
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("time over the last case")

@@ -16,7 +16,7 @@ from moe_core.config.data import (
     Kind,
     ShardConfig,
 )
-from moe_core.config.evaluation import ClassifierConfig, EvalConfig, EvaluatedModel
+from moe_core.config.evaluation import ClassifierConfig, ContrastiveConfig, EvalConfig, EvaluatedModel, SuiteConfig
 from moe_core.config.kd import KDConfig, KDStageConfig, Part
 from moe_core.config.model import (
     LATENT_PATCH,
@@ -42,6 +42,7 @@ __all__ = [
     "ClassifierConfig",
     "ComputeConfig",
     "ComputingStage",
+    "ContrastiveConfig",
     "DataConfig",
     "EmbeddedDataConfig",
     "EvalConfig",
@@ -63,6 +64,7 @@ __all__ = [
     "ShardConfig",
     "StageCompute",
     "StudyConfig",
+    "SuiteConfig",
     "TeacherTrainingConfig",
     "TextConfig",
     "TimestepConfig",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moe_core.config.section import Section
 
 ComputingStage = Literal[
-    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "evaluate", "latency", "study_runs"
+    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "generate", "evaluate", "sanity", "latency", "study_runs"
 ]
 """The stages that take from `compute`."""
 
@@ -40,6 +40,10 @@ class ComputeConfig(Section):
     expert_backend: Literal["auto", "by_shape", "loop", "by_expert", "grouped_mm", "triton", "megablocks"] = Field(
         "auto",
         description="auto: the fastest here, measured once for a size; by_shape: the same on every machine, so that results repeat to the bit",
+    )
+    compile: bool = Field(
+        False,
+        description="distillation and pictures: blocks go through torch.compile, which takes minutes when they are first called",
     )
     checkpoint_every: int = Field(gt=0, description="steps between resume checkpoints")
     log_every: int = Field(gt=0)

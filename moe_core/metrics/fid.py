@@ -39,6 +39,14 @@ class SceneFeatures(nn.Module):
 
 
 @torch.inference_mode()
+def features(pictures: NDArray[np.uint8], classifier: DigitClassifier, grid: int) -> NDArray[np.float32]:
+    """Of pictures uint8 [N, S, S, 3]: [N, 67]."""
+    extractor = SceneFeatures(classifier, grid)
+    parts = torch.from_numpy(pictures).permute(0, 3, 1, 2).split(_BATCH)
+    return torch.cat([extractor(part) for part in parts]).numpy().astype(np.float32)
+
+
+@torch.inference_mode()
 def frechet_distance(real: NDArray[np.uint8], made: NDArray[np.uint8], classifier: DigitClassifier, grid: int) -> float:
     """Distance between real and made pictures, uint8 [N, S, S, 3]. Raises DataError for fewer than two of either."""
     for name, pictures in (("real", real), ("made", made)):

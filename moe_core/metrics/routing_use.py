@@ -47,6 +47,7 @@ class RoutingUse:
         self._calls += 1
 
     def _counter(self, store: Counts, name: str) -> Any:
+        @torch.compiler.disable  # counts on the host
         def hook(module: nn.Module, args: Any, routing: Any) -> None:
             probs, indices = (
                 (routing[0], routing.indices_Bk)

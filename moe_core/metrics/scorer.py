@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -77,8 +77,25 @@ class Measure:
     """tell the kinds' means too"""
     kinds: tuple[str, ...] = ()
     """only prompts of these kinds; all where empty"""
+    binary: bool = False
+    """right or wrong a picture: its interval allows for two of each that were not seen"""
     weight: str | None = None
     """column of each picture's weight in the mean: DPG's categories count questions, not prompts"""
+
+
+@dataclass(frozen=True)
+class SetMeasure:
+    """What the features of all pictures together come to: a distance to reference features."""
+
+    name: str
+    column: str
+    """of each picture's features"""
+    statistic: Literal["fid", "kid"]
+    asset: str
+    """key of the asset in whose folder the reference lies"""
+    file: str
+    """safetensors with one matrix `features` [N, D]"""
+    rising: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,8 @@ class ScorerSpec:
     load_from: str
     """`package.module:function`; the function is `load(assets: Mapping[str, str], device: torch.device) -> Scorer`, whose assets are
     folders or hub ids by `Asset.key`"""
-    measures: tuple[Measure, ...]
+    measures: tuple[Measure, ...] = ()
+    set_measures: tuple[SetMeasure, ...] = ()
     assets: tuple[Asset, ...] = ()
     needs_reference: bool = False
     """its samples have a `reference`"""

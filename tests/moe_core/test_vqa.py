@@ -1,0 +1,182 @@
+"""BLIP-VQA on a small random model: against a plain reference without batches, caches or generation code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipImageProcessorPil,
+    BlipTextConfig,
+    BlipVisionConfig,
+)
+
+from moe_core.errors import DataError
+from moe_core.metrics import vqa
+from moe_core.metrics.vqa import BlipVQA
+
+# fmt: off
+WORDS = [
+    "yes", "no", "one", "two", "is", "there", "a", "an", "the", "dog",
+    "cat", "red", "blue", "ball", "in", "picture", "of", "and", "on", "left",
+    "right", "how", "many", "?", "where", "table", "sky", "green", "very", "old",
+    "small",
+]
+# fmt: on
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+DEC, ENC = len(VOCABULARY), len(VOCABULARY) + 1
+SIZE = 32
+
+
+def _save(folder: Path, vocabulary: list[str], vocab_size: int, seed: int = 0) -> str:
+    """A real BLIP, small and with random weights that are large enough for its answers to differ."""
+    torch.manual_seed(seed)
+    text = BlipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        encoder_hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        bos_token_id=len(vocabulary),
+        sep_token_id=3,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
+    vision = BlipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        initializer_range=0.3,
+    )
+    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+    BlipForQuestionAnswering(config).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _save(tmp_path_factory.mktemp("blip"), VOCABULARY, len(VOCABULARY) + 2)
+
+
+@pytest.fixture(scope="module")
+def blip(folder: str) -> BlipVQA:
+    return BlipVQA.load(folder, torch.device("cpu"))
+
+
+def _picture(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    values = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(values.to(torch.uint8).numpy())
+
+
+PICTURES = [_picture(0), _picture(1, (64, 33)), _picture(2, (20, 50))]
+QUESTIONS = [
+    "red ?",
+    "is there a very old small dog on the left of the red ball and a blue cat in the picture ?",
+    "Is there a Dog?",
+]
+
+
+class _Plain:
+    """One picture, one question, no cache."""
+
+    def __init__(self, folder: str) -> None:
+        self._model = BlipForQuestionAnswering.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def logits(self, image: Image.Image, question: str, said: list[int]) -> torch.Tensor:
+        """Of the next token."""
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+        spread = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        small = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3) / 255
+        seen = self._model.vision_model(((pixels - mean) / spread).permute(2, 0, 1)[None]).last_hidden_state
+        words = question.lower().replace("?", " ?").split()
+        ids = torch.tensor([[ENC, *(VOCABULARY.index(word) for word in words), VOCABULARY.index("[SEP]")]])
+        states = self._model.text_encoder(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
+        decoder = self._model.text_decoder
+        return decoder(torch.tensor([[DEC, *said]]), encoder_hidden_states=states, use_cache=False).logits[0, -1]
+
+    def yes(self, image: Image.Image, question: str) -> float:
+        shares = self.logits(image, question, []).softmax(0)
+        yes, no = shares[VOCABULARY.index("yes")], shares[VOCABULARY.index("no")]
+        return float(yes / (yes + no))
+
+    def answer(self, image: Image.Image, question: str) -> str:
+        said: list[int] = []
+        while len(said) < 9:
+            token = int(self.logits(image, question, said).argmax())
+            if token == VOCABULARY.index("[SEP]"):
+                break
+            said.append(token)
+        # The tokenizer writes its question marks without a space before them.
+        return " ".join(VOCABULARY[token] for token in said if 5 <= token < DEC).replace(" ?", "?")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: str) -> _Plain:
+    return _Plain(folder)
+
+
+def test_yes_probability_is_that_of_each_alone(blip: BlipVQA, plain: _Plain):
+    expected = [plain.yes(image, question) for image, question in zip(PICTURES, QUESTIONS, strict=True)]
+    assert blip.yes_probability(PICTURES, QUESTIONS) == pytest.approx(expected, rel=1e-4)
+    assert max(expected) - min(expected) > 0.01
+    # The picture matters, not only the question.
+    same = blip.yes_probability(PICTURES, [QUESTIONS[2]] * 3)
+    assert max(same) - min(same) > 1e-4
+
+
+def test_answer_is_that_of_each_alone(blip: BlipVQA, plain: _Plain):
+    # All pairs in one batch: each question is padded to the longest, each picture comes three times.
+    pairs = [(image, question) for image in PICTURES for question in QUESTIONS]
+    expected = [plain.answer(image, question) for image, question in pairs]
+    assert blip.answer([image for image, _ in pairs], [question for _, question in pairs]) == expected
+    assert len(set(expected)) > 2
+    alone = [blip.answer([image], [question])[0] for image, question in pairs]
+    assert alone == expected
+
+
+def test_padding_and_order_do_not_matter(blip: BlipVQA, monkeypatch: pytest.MonkeyPatch):
+    images = PICTURES * 3
+    questions = [QUESTIONS[i] for i in (0, 1, 2, 1, 2, 0, 2, 0, 1)]
+    whole = blip.yes_probability(images, questions)
+    monkeypatch.setattr(vqa, "BATCH", 2)
+    assert blip.yes_probability(images, questions) == pytest.approx(whole, rel=1e-4)
+    assert blip.yes_probability(images[::-1], questions[::-1])[::-1] == pytest.approx(whole, rel=1e-4)
+
+
+def test_long_questions_are_cut(blip: BlipVQA):
+    long = " ".join(["red"] * 60)
+    # [ENC], 33 words, [SEP]
+    cut = blip.yes_probability(PICTURES[:2], [long, " ".join(["red"] * 33)])
+    assert cut[0] == pytest.approx(blip.yes_probability(PICTURES[:1], [" ".join(["red"] * 33)])[0], rel=1e-4)
+    assert cut[0] != pytest.approx(blip.yes_probability(PICTURES[:1], [" ".join(["red"] * 32)])[0], rel=1e-4)
+
+
+def test_nothing_asked_nothing_said(blip: BlipVQA):
+    assert blip.answer([], []) == []
+    assert blip.yes_probability([], []) == []
+
+
+def test_faults_are_named(blip: BlipVQA, tmp_path: Path):
+    with pytest.raises(DataError, match="3 images and 2 questions"):
+        blip.yes_probability(PICTURES, QUESTIONS[:2])
+    with pytest.raises(DataError, match="3 images and 2 questions"):
+        blip.answer(PICTURES, QUESTIONS[:2])
+    without = [word for word in VOCABULARY if word != "no"]
+    with pytest.raises(DataError, match="no word 'no'"):
+        BlipVQA.load(_save(tmp_path / "a", without, len(without) + 2), torch.device("cpu"))
+    with pytest.raises(DataError, match=r"one more after it, \[ENC\]"):
+        BlipVQA.load(_save(tmp_path / "b", VOCABULARY, len(VOCABULARY) + 1), torch.device("cpu"))
