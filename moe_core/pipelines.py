@@ -58,7 +58,12 @@ def load(source: PipelineSource, device: torch.device) -> DiffusionPipeline:
             raise CheckpointError(
                 f"{source.place} is no FluxPipeline; the transformer {source.transformer} has no place in it"
             )
-        pipeline = DiffusionPipeline.from_pretrained(source.place, dtype=dtype, use_safetensors=True, **LOADING)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(source.place, dtype=dtype, use_safetensors=True, **LOADING)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{source.place} cannot be loaded ({error}); it must be a diffusers pipeline folder or hub id"
+            ) from error
         pipeline.set_progress_bar_config(disable=True)
         pipeline = pipeline.to(device)
     taken = inspect.signature(type(pipeline).__call__).parameters
@@ -69,8 +74,8 @@ def load(source: PipelineSource, device: torch.device) -> DiffusionPipeline:
     transformer = getattr(pipeline, "transformer", None)
     if isinstance(transformer, FluxMoETransformer2DModel) and source.expert_backend is not None:
         transformer.set_expert_backend(source.expert_backend)
-    if source.compile and transformer is not None:
-        compile_blocks(transformer)
+    if source.compile and isinstance(pipeline, FluxPipeline):
+        compile_blocks(pipeline.transformer)
     return pipeline
 
 
@@ -79,7 +84,7 @@ def paint(
 ) -> NDArray[np.uint8]:
     """Pictures uint8 [B, H, W, 3] of prompts, each from the noise of its seed, in one call.
 
-    Raises EvaluationError with the prompt of a picture that is not a number somewhere.
+    Raises EvaluationError with the prompt of a picture that is not a number somewhere, or that a safety checker has blackened.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; each prompt needs its seed")
@@ -93,8 +98,14 @@ def paint(
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",
             **given,
-        ).images
-    pictures = np.asarray(made, np.float32)
+        )
+    pictures = np.asarray(made.images, np.float32)
+    blackened = getattr(made, "nsfw_content_detected", None) or [False] * len(prompts)
+    for prompt, black in zip(prompts, blackened, strict=True):
+        if black:
+            raise EvaluationError(
+                f"the pipeline's safety checker has blackened the picture of '{prompt}'; black pictures would count in every measure"
+            )
     for prompt, picture in zip(prompts, pictures, strict=True):
         if not np.isfinite(picture).all():
             raise EvaluationError(

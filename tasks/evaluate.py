@@ -69,8 +69,8 @@ def evaluate(name: str, stage: Stage) -> None:
         stage.run.metrics(
             {f"{result.suite.name}/{scorer}_seconds_a_picture": s for scorer, s in result.seconds_a_picture.items()}
         )
-        if result.suite.prompts:
-            stage.run.table(f"{result.suite.name}_prompts.json", result.extremes(SHOWN))
+        if not (extremes := result.extremes(SHOWN)).empty:
+            stage.run.table(f"{result.suite.name}_prompts.json", extremes)
     stage.run.image("pictures.png", measures.best_and_worst(results[0], root / IMAGES / name / own.name, pictures))
 
 

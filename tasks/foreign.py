@@ -4,7 +4,7 @@
 
 - Parameters are those of params/, composed with the overrides; how the pipeline is called is `model.resolution`, `model.num_inference_steps`
   and so on, as far as its call takes them.
-- Pictures and rows stay in the folder: run again, it goes on where it was. Of another pipeline or other parameters they are refused.
+- Pictures and rows stay in the folder: run again, it goes on where it was. Of another pipeline, other parameters or prompts they are refused.
 - `--against` compares with an evaluated model of this checkout (data/evaluations/MODEL), prompt by prompt from the same seeds.
 """
 
@@ -14,35 +14,37 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
-from moe_core import noise
 from moe_core.config import Params
 from moe_core.errors import ConfigError, Dense2MoEError
-from moe_core.metrics import aggregate, registry
-from tasks import cluster, generate, generation, measures, outs, scoring, suite_prompts, suites
+from tasks import cluster, comparison, generate, generation, measures, outs, scoring, suite_prompts, suites
 from tasks.params import compose
-from tasks.places import DENSE, EVALUATIONS, IMAGES, PROMPTS, SUITES
+from tasks.places import DENSE, EVALUATIONS, IMAGES, PROMPTS
 from tasks.progress import Progress
 from tasks.project import validated
 
-RESULT, ASKED = "result.json", "asked.json"
+RESULT, ASKED, ASKED_PROMPTS = "result.json", "asked.json", "prompts.json"
 
 
 def evaluate(root: Path, place: str, out: Path, params: Params, against: str | None) -> dict[str, Any]:
     """Makes the pictures, scores them, and writes `result.json` and tables into `out`; returns the result."""
+    # Workers run elsewhere.
+    out, place = out.resolve(), str(Path(place).resolve()) if Path(place).exists() else place
     source = replace(generate.source_of(root, params, None), place=place)
     _claim(out, source, params)
-    if not (root / SUITES / suites.INDEX).is_file() or not (root / PROMPTS).is_file():
-        raise ConfigError(f"{root / PROMPTS} is missing; `dvc repro source` makes the prompts of the suites")
-    suite_prompts.collect(root, params)
-    found = suites.read(root, params.eval)
+    if not (root / PROMPTS).is_file():
+        raise ConfigError(f"{root / PROMPTS} is missing; `dvc repro source` makes the prompts of the first suite")
+    # Not into data/suites, which is an out of the DAG.
+    suite_prompts.collect(root, params, out / "suites")
+    found = suites.read(root, params.eval, out / "suites")
+    _claim_prompts(out, found)
     progress, size = Progress("evaluate"), params.eval.batch_size
     work = [
         unit
@@ -73,30 +75,17 @@ def evaluate(root: Path, place: str, out: Path, params: Params, against: str | N
     if against is not None:
         told["against"] = against
         told["differences"] = {
-            result.suite.name: differences(result, root / EVALUATIONS / against, params) for result in results
+            result.suite.name: {
+                name: asdict(value)
+                for name, value in comparison.differences(
+                    result.suite.name, list(result.tables), out, root / EVALUATIONS / against, assets, params.seed
+                ).items()
+            }
+            for result in results
+            if result.tables
         }
     outs.write_json(out / RESULT, told)
     return told
-
-
-def differences(result: measures.SuiteResult, theirs: Path, params: Params) -> dict[str, Any]:
-    """Measure -> ours less theirs with its interval, of what both have; `theirs` is a folder of an evaluated model."""
-    file = theirs / f"{result.suite.name}.pictures.parquet"
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing; `dvc repro evaluate@{theirs.name}` makes it")
-    other = pd.read_parquet(file)
-    seed = noise.derive_seed(params.seed, measures.BOOTSTRAP)
-    found: dict[str, Any] = {}
-    for name, table in result.tables.items():
-        prefix = f"{name}."
-        same = other[[*scoring.KEYS, *(c for c in other.columns if c.startswith(prefix))]]
-        same = same.rename(columns={c: c.removeprefix(prefix) for c in same.columns})
-        if len(same.columns) == len(scoring.KEYS):
-            continue
-        for measure in registry.spec(name).measures:
-            ours, others = measures.prompt_table(table, measure), measures.prompt_table(same, measure)
-            found[measure.name] = asdict(aggregate.difference(ours, others, measure, seed))
-    return found
 
 
 def _claim(out: Path, source: Any, params: Params) -> None:
@@ -115,6 +104,16 @@ def _claim(out: Path, source: Any, params: Params) -> None:
             f"{out} has the evaluation of another '{other}' ({there.get(other)}); give --out another folder"
         )
     outs.write_json(file, asked)
+
+
+def _claim_prompts(out: Path, found: Sequence[suites.Suite]) -> None:
+    """Pictures have numbers for names: of a file of prompts that has changed since, they would be taken for the new ones'."""
+    own = {suite.name: suites.fingerprint(suite) for suite in found if suite.missing is None}
+    file = out / ASKED_PROMPTS
+    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if changed := [name for name in own if there.get(name, own[name]) != own[name]]:
+        raise ConfigError(f"{out} has pictures of other prompts in suite {changed[0]}; give --out another folder")
+    outs.write_json(file, there | own)
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ from moe_core.config import Params
 from moe_core.errors import EvaluationError
 from moe_core.metrics import aggregate, registry
 from moe_core.metrics.aggregate import Estimated
-from moe_core.metrics.scorer import Measure, ScorerSpec, SetMeasure
+from moe_core.metrics.scorer import Measure, MissingAsset, ScorerSpec, SetMeasure
 from tasks import scoring, suites
 from tasks.actors import Group
 from tasks.progress import Progress
@@ -60,7 +60,9 @@ class SuiteResult:
         """`<suite>.pictures.parquet` and `<suite>.prompts.parquet`."""
         if not self.tables:
             return
+        numbers = {prompt.id: number for number, prompt in enumerate(self.suite.prompts)}
         pictures = scoring.rows_by_scorer(self.tables)
+        pictures = pictures.sort_values(["id", "index"], key=lambda c: c.map(numbers) if c.name == "id" else c)
         pictures.to_parquet(folder / f"{self.suite.name}.pictures.parquet", index=False)
         self.by_prompt().to_parquet(folder / f"{self.suite.name}.prompts.parquet", index=False)
 
@@ -114,7 +116,7 @@ def score_suites(
             spec = registry.spec(name)
             why = suite.missing or scoring.unavailable(spec, assets)
             if why is None and spec.needs_reference and reference is None:
-                why = f"{name} compares with the reference model, which this is"
+                why = f"{name} compares with a reference model's pictures; this is that model, or none was named"
             if why is not None:
                 result.not_measured[name] = why
                 continue
@@ -127,7 +129,12 @@ def score_suites(
                 params.eval.scoring_batch_size,
             )
             told = partial(progress.pictures, f"{suite.name} {name}")
-            table, seconds = scoring.run(units, judges, told)
+            try:
+                table, seconds = scoring.run(units, judges, told)
+            except MissingAsset as error:
+                # What only loading finds: a hub id that cannot be reached. Ray's error has the worker's as its cause.
+                result.not_measured[name] = str(getattr(error, "cause", None) or error)
+                continue
             result.tables[name] = table
             result.seconds_a_picture[name] = seconds / len(table)
             _measure(result, spec, table, assets, noise.derive_seed(params.seed, BOOTSTRAP))
@@ -150,8 +157,11 @@ def _asked(spec: ScorerSpec, pictures: Sequence[Picture]) -> list[Picture]:
 
 
 def _measure(result: SuiteResult, spec: ScorerSpec, table: pd.DataFrame, assets: Mapping[str, str], seed: int) -> None:
-    for measure in spec.measures:
+    for measure in applicable(spec, table):
         prompts = prompt_table(table, measure)
+        if none_count(prompts, measure):
+            result.not_measured[measure.name] = f"no prompt of suite {result.suite.name} counts for {measure.name}"
+            continue
         result.values[measure.name] = aggregate.estimate(prompts, measure, seed)
         if measure.by_kind:
             result.kinds[measure.name] = aggregate.by_kind(prompts, measure, seed)
@@ -161,10 +171,25 @@ def _measure(result: SuiteResult, spec: ScorerSpec, table: pd.DataFrame, assets:
         )
 
 
+def applicable(spec: ScorerSpec, table: pd.DataFrame) -> list[Measure]:
+    """The measures that these rows have something for: a part of DPG's prompts may have no question of a category."""
+    found = []
+    for measure in spec.measures:
+        own = table[table["kind"].isin(measure.kinds)] if measure.kinds else table
+        if len(own) and (measure.weight is None or own[measure.weight].sum() > 0):
+            found.append(measure)
+    return found
+
+
 def prompt_table(table: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """A row a prompt with what a measure needs, of the kinds that it counts."""
     own = table[table["kind"].isin(measure.kinds)] if measure.kinds else table
     return aggregate.by_prompt(own, [measure.column] + ([measure.weight] if measure.weight else []))
+
+
+def none_count(prompts: pd.DataFrame, measure: Measure) -> bool:
+    """Whether a suite, or the part of it that is taken, has nothing for a measure: no prompt of its kinds, or none of any weight."""
+    return prompts.empty or (measure.weight is not None and not prompts[measure.weight].sum() > 0)
 
 
 def features(table: pd.DataFrame, column: str) -> np.ndarray:
@@ -180,8 +205,9 @@ def reference_features(measure: SetMeasure, assets: Mapping[str, str]) -> np.nda
 def best_and_worst(result: SuiteResult, folder: Path, pictures: Sequence[Picture]) -> Image.Image:
     """The pictures of the best and of the worst prompts by the suite's first measure, in two rows."""
     files = {picture.prompt.id: folder / picture.file for picture in reversed(pictures)}
-    rows, spec = result.by_prompt(), registry.spec(next(iter(result.tables)))
-    if spec.measures:
+    rows = result.by_prompt()
+    spec = registry.spec(next(iter(result.tables))) if result.tables else None
+    if spec is not None and spec.measures:
         column = f"{spec.name}.{spec.measures[0].column}"
         rows = rows.sort_values(column, ascending=not spec.measures[0].rising, kind="stable")
     ids = list(rows["id"])

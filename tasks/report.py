@@ -86,6 +86,8 @@ def _values(inputs: Inputs) -> dict[str, Any]:
         "evaluator": inputs.evaluator,
         "judged": inputs.evaluations["teacher"].judged,
         "manifest": inputs.manifest,
+        "suites": inputs.suites,
+        "sights": inputs.sights,
     }
 
 

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_core.config import Params
 from moe_core.errors import DataError
+from tasks import report_suites
 from tasks.places import EVALUATIONS
+from tasks.report_suites import Sight, SuiteTable
 
 SPLITS = ("train", "validation")
 
@@ -161,6 +163,8 @@ class Inputs:
     latency: LatencyReport
     block_change: BlockChange
     manifest: Manifest
+    suites: list[SuiteTable]
+    sights: list[Sight]
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -223,6 +227,8 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
         latency=latency,
         block_change=_record(BlockChange, data / "importance" / "block_change.json", "importance"),
         manifest=_record(Manifest, data / "shards" / "manifest.json", "shard"),
+        suites=report_suites.tables(root, params, models),
+        sights=report_suites.sights(root),
     )
 
 

@@ -105,7 +105,7 @@ def values(
     parts = {(cell.kind, cell.level): table.iloc[i * size : (i + 1) * size] for i, cell in enumerate(cells)}
     blind = BLIND if spec.needs_reference or spec.set_measures else None
     found: dict[str, Any] = {}
-    for measure in spec.measures:
+    for measure in measures.applicable(spec, table):
         value = partial(_mean, measure, seed)
         found[measure.name] = _levels(value, parts) | {"rising": measure.rising, "blind_to_swap": blind}
     for distance in spec.set_measures:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -62,9 +63,11 @@ class Judge:
             )
             for picture in unit.pictures
         ]
+        found = score(self._scorer(unit.spec), samples, unit.spec.name)
+        check_rows(unit.spec, samples, found)
         rows = [
             dict(zip(KEYS, (sample.prompt.id, sample.prompt.kind, sample.index), strict=True)) | row
-            for sample, row in zip(samples, score(self._scorer(unit.spec), samples, unit.spec.name), strict=True)
+            for sample, row in zip(samples, found, strict=True)
         ]
         partial = unit.rows.with_name(f".{unit.rows.name}.partial")
         pd.DataFrame(rows).to_parquet(partial, index=False)
@@ -89,19 +92,42 @@ def score(scorer: Scorer, samples: Sequence[Sample], name: str) -> list[Row]:
 
     Raises EvaluationError where it does not hold a single one, or the scorer gives other rows than it must.
     """
+    rows: list[Row] | None
     try:
         rows = scorer.score(samples)
     except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
         if len(samples) == 1:
             raise EvaluationError(
                 f"{name} runs out of memory on one picture, {samples[0].image.size} of '{samples[0].prompt.text}': {error}"
             ) from error
+        rows = None
+    if rows is None:
+        # Only here: inside `except` the error's traceback still holds the tensors for which there is no room.
+        torch.cuda.empty_cache()
         middle = len(samples) // 2
         return score(scorer, samples[:middle], name) + score(scorer, samples[middle:], name)
     if len(rows) != len(samples):
         raise EvaluationError(f"{name} gave {len(rows)} rows for {len(samples)} pictures; it must give one each")
     return rows
+
+
+def check_rows(spec: ScorerSpec, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+    """Raises EvaluationError for a row that lacks a number which a measure takes of its picture: such a row is not kept."""
+    for sample, row in zip(samples, rows, strict=True):
+        for measure in spec.measures:
+            if measure.kinds and sample.prompt.kind not in measure.kinds:
+                continue
+            for column in (measure.column, measure.weight):
+                if column is not None and not (column in row and math.isfinite(row[column])):
+                    raise EvaluationError(
+                        f"{spec.name} says {column} = {row.get(column)} of prompt {sample.prompt.id}, picture {sample.index};"
+                        " it must be a number"
+                    )
+        for distance in spec.set_measures:
+            if not all(map(math.isfinite, row.get(distance.column) or [math.nan])):
+                raise EvaluationError(
+                    f"{spec.name} gives prompt {sample.prompt.id}, picture {sample.index}, {distance.column} that are not all numbers"
+                )
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -163,10 +189,10 @@ def assets_of(models: Mapping[str, str], root: Path) -> dict[str, str]:
 
 
 def rows_by_scorer(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One table a suite: the scorers' columns side by side, each named `scorer.column`."""
+    """One table a suite: the scorers' columns side by side, each named `scorer.column`; empty where a scorer has not seen a picture."""
     whole: pd.DataFrame | None = None
     for name, table in tables.items():
         renamed = table.rename(columns={c: f"{name}.{c}" for c in table.columns if c not in KEYS})
-        whole = renamed if whole is None else whole.merge(renamed, on=list(KEYS), how="left", validate="one_to_one")
+        whole = renamed if whole is None else whole.merge(renamed, on=list(KEYS), how="outer", validate="one_to_one")
     assert whole is not None
     return whole

@@ -32,14 +32,14 @@ READERS: dict[str, Callable[[Path], list[Prompt]]] = {
 """Format of `eval.suites.*.prompts` -> who reads it."""
 
 
-def collect(root: Path, params: Params) -> dict[str, int]:
-    """Reads every benchmark's prompts from the user's files and writes data/suites/; returns their numbers.
+def collect(root: Path, params: Params, place: Path = SUITES) -> dict[str, int]:
+    """Reads every benchmark's prompts from the user's files and writes them to data/suites/ or another place; returns their numbers.
 
     Raises DataError where a file is there and wrong.
     """
     told: dict[str, dict[str, Any]] = {}
     counts: dict[str, int] = {}
-    with outs.folder(root / SUITES) as folder:
+    with outs.folder(root / place) as folder:
         for name, config in params.eval.suites.items():
             if config.path is None:
                 continue
@@ -78,11 +78,11 @@ def check(name: str, prompts: Sequence[Prompt]) -> None:
 
 def _sha256(path: Path) -> dict[str, str]:
     """Of each file, so that a result says which edition of a benchmark it is of."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if len(files) > 50:
         # DPG's prompts are a file each: one hash of all.
         whole = hashlib.sha256()
         for file in files:
-            whole.update(file.name.encode() + b"\0" + file.read_bytes())
+            whole.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
         return {f"{path.name}/ ({len(files)} files)": whole.hexdigest()}
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

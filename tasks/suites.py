@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_core import noise
@@ -46,9 +47,10 @@ class Picture:
         return f"{self.number:05d}-{self.index:02d}.png"
 
 
-def read(root: Path, config: EvalConfig) -> list[Suite]:
-    """The suites in their order, as stage `source` left them."""
-    told = json.loads((root / SUITES / INDEX).read_text(encoding="utf-8"))
+def read(root: Path, config: EvalConfig, collected: Path = SUITES) -> list[Suite]:
+    """The suites in their order, as stage `source` left them, or whoever called `suite_prompts.collect` for another folder."""
+    folder = root / collected
+    told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     suites = []
     for name, suite in config.suites.items():
         if suite.prompts == "own":
@@ -56,7 +58,8 @@ def read(root: Path, config: EvalConfig) -> list[Suite]:
         elif "missing" in told[name]:
             suites.append(Suite(name, suite, missing=told[name]["missing"]))
         else:
-            lines = (root / SUITES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            # By line feeds alone: a prompt may hold other characters at which `splitlines` parts.
+            lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
             suites.append(Suite(name, suite, tuple(Prompt(**json.loads(line)) for line in lines)))
     return suites
 
@@ -66,6 +69,12 @@ def own_suite(root: Path, config: EvalConfig) -> Suite:
     records = read_prompts(root / PROMPTS)
     prompts = (Prompt(f"{i:05d}", record["prompt"], record["tag"], record) for i, record in enumerate(records))
     return Suite(config.own, config.suites[config.own], tuple(prompts))
+
+
+def fingerprint(suite: Suite) -> str:
+    """SHA-256 of a suite's prompts, with all that is said of them."""
+    lines = (json.dumps(asdict(prompt), sort_keys=True) + "\n" for prompt in suite.prompts)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def pictures(suite: Suite, seed: int) -> list[Picture]:

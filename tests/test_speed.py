@@ -1,4 +1,4 @@
-"""The benchmark of speed: peers compute what we do, levels cost what they should, graphs replay what blocks compute, and tables say what was found."""
+"""The benchmark of speed: peers compute what we do, levels cost what they should, graphs replay what blocks compute, tables say what was found."""
 
 import subprocess
 import sys

@@ -9,7 +9,17 @@ from pydantic import Field, model_validator
 from moe_core.config.section import Section
 
 ComputingStage = Literal[
-    "teacher", "shard", "importance", "shared_expert_kd", "moe_kd", "mob_kd", "generate", "evaluate", "sanity", "latency", "study_runs"
+    "teacher",
+    "shard",
+    "importance",
+    "shared_expert_kd",
+    "moe_kd",
+    "mob_kd",
+    "generate",
+    "evaluate",
+    "sanity",
+    "latency",
+    "study_runs",
 ]
 """The stages that take from `compute`."""
 

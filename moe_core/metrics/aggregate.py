@@ -4,7 +4,8 @@
 - Percentile bootstrap (Efron 1979); where a measure is the mean of its kinds' means, prompts are drawn within each kind.
 - A column of right and wrong gets two right and two wrong prompts more in each stratum before it is drawn from (Agresti and Coull's
   "plus four"), since 50 right ones of 50 would give an interval without width. The value itself is left as it is.
-- A difference draws the same prompts for both models.
+- A difference draws the same prompts for both models. The four more are of the four possible pairs, so that two models that differ on no
+  prompt are not held to be equal for sure (Agresti and Min 2005).
 - Sets of features (FID, KID) have no bootstrap: `moe_core.metrics.set_distance` says why, and makes their jackknife.
 """
 
@@ -27,6 +28,8 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 _AT_ONCE = 50
 """Resamples whose counts are in memory together."""
+_FOUR = ((0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 0.0, 1.0))
+"""Two right and two wrong, of the first model and of the one that it is compared with."""
 _STATISTICS: dict[str, Callable[[Vector, Vector], float]] = {
     "fid": set_distance.frechet_distance,
     "kid": set_distance.kernel_distance,
@@ -141,7 +144,9 @@ def _resampled(models: list[_Strata], measure: Measure, seed: int, resamples: in
     rng = np.random.default_rng(seed)
     sums = [np.zeros(resamples) for _ in models]
     for stratum in range(len(models[0])):
-        parts = [_plus_four(*model[stratum]) if measure.binary else model[stratum] for model in models]
+        parts = [model[stratum] for model in models]
+        if measure.binary:
+            parts = [_plus_four(*part, more) for part, more in zip(parts, _FOUR, strict=False)]
         count = len(parts[0][0])
         for first in range(0, resamples, _AT_ONCE):
             at_once = min(_AT_ONCE, resamples - first)
@@ -154,9 +159,8 @@ def _resampled(models: list[_Strata], measure: Measure, seed: int, resamples: in
     return [measure.scale * total / len(models[0]) for total in sums]
 
 
-def _plus_four(values: Vector, weights: Vector) -> tuple[Vector, Vector]:
-    mean = weights.mean()
-    return np.concatenate([values, [0.0, 0.0, 1.0, 1.0]]), np.concatenate([weights, np.full(4, mean)])
+def _plus_four(values: Vector, weights: Vector, more: tuple[float, ...]) -> tuple[Vector, Vector]:
+    return np.concatenate([values, more]), np.concatenate([weights, np.full(4, weights.mean())])
 
 
 def _interval(drawn: Vector) -> tuple[float, float]:

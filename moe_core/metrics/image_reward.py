@@ -6,7 +6,7 @@
 - The head is five linear layers in a row, as the official one, whose activations are commented out.
 - The official checkpoint is a pickle. This reads a safetensors file with the same names; docs/metrics.md has the command that makes it.
 
-Source: Xu et al. 2023; THUDM/ImageReward (now zai-org), ImageReward/ImageReward.py, models/BLIP/{blip_pretrain,med,vit}.py.
+Source: Xu et al. 2023; THUDM/ImageReward, ImageReward/ImageReward.py, models/BLIP/{blip_pretrain,med,vit}.py.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from moe_core.metrics import (
     dpg,
     geneval_detector,
     image_reward,
+    likeness,
     mps,
     scene_scorers,
 )
@@ -23,6 +24,7 @@ SPECS: dict[str, ScorerSpec] = {
         geneval_detector.SPEC,
         dpg.SPEC,
         *compbench.SPECS,
+        likeness.SPEC,
         *scene_scorers.SPECS,
     )
 }

@@ -2,7 +2,7 @@
 
 - `scenes`: right or wrong, twice: `exact` wants just what the prompt asks for and nothing else; `geneval` follows GenEval's own rules.
 - `scene_features`: 67 numbers a picture, for FID and KID against features of real scenes.
-- `fidelity`: how near the picture is to the reference model's from the same noise.
+- `scene_distance`: how far the picture is, in the classifier's features, from the reference model's from the same noise.
 - Each picture is judged by itself. The classifier is small and stays on the CPU, whatever the device.
 """
 
@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from moe_core.errors import DataError, EvaluationError
-from moe_core.metrics.scorer import Asset, Measure, MissingAsset, Row, Sample, ScorerSpec, SetMeasure
+from moe_core.errors import DataError
+from moe_core.metrics.scorer import Asset, Measure, MissingAsset, Row, Sample, ScorerSpec, SetMeasure, stack
 
 if TYPE_CHECKING:
     from moe_core.metrics.classifier import DigitClassifier
@@ -58,14 +56,9 @@ SPECS = (
         assets=(_WITH_FEATURES,),
     ),
     ScorerSpec(
-        "fidelity",
-        "moe_core.metrics.scene_scorers:load_fidelity",
-        measures=(
-            Measure("psnr", "psnr"),
-            Measure("ssim", "ssim"),
-            Measure("feature_distance", "feature_distance", rising=False),
-            Measure("rmse", "rmse", rising=False),
-        ),
+        "scene_distance",
+        "moe_core.metrics.scene_scorers:load_distance",
+        measures=(Measure("feature_distance", "feature_distance", rising=False),),
         assets=(_ASSET,),
         needs_reference=True,
     ),
@@ -84,7 +77,7 @@ class SceneScorer:
         from moe_core.metrics import geneval, geneval_verdict
         from moe_core.metrics.scene_detector import detect
 
-        pictures = _stack(samples)
+        pictures = stack(samples)
         cell = pictures.shape[1] // self.grid
         rows: list[Row] = []
         for sample, found in zip(samples, detect(pictures, self.classifier, self.grid), strict=True):
@@ -103,30 +96,25 @@ class FeatureScorer:
 
     def score(self, samples: Sequence[Sample]) -> list[Row]:
         """Raises DataError for a picture that is no scene."""
-        pictures = torch.from_numpy(_stack(samples)).permute(0, 3, 1, 2)
+        pictures = torch.from_numpy(stack(samples)).permute(0, 3, 1, 2)
         with torch.inference_mode():
             return [{"features": row} for row in self.features(pictures).double().tolist()]
 
 
 @dataclass(frozen=True)
-class FidelityScorer:
-    """Columns `psnr`, `ssim`, `feature_distance` (`moe_core.metrics.similarity`) and `rmse` (`moe_core.metrics.fidelity`)."""
+class DistanceScorer:
+    """Column `feature_distance` (`moe_core.metrics.similarity`)."""
 
     classifier: DigitClassifier
     grid: int
 
     def score(self, samples: Sequence[Sample]) -> list[Row]:
         """Raises DataError for a picture that is no scene or not of its reference's size, EvaluationError without a reference."""
-        from moe_core.metrics import fidelity, similarity
+        from moe_core.metrics import similarity
 
-        made, reference = _stack(samples), _stack(samples, references=True)
-        columns = {
-            "psnr": similarity.psnr(made, reference),
-            "ssim": similarity.ssim(made, reference),
-            "feature_distance": similarity.feature_distance(made, reference, self.classifier, self.grid),
-            "rmse": fidelity.distances(made, reference),
-        }
-        return [{name: float(values[row]) for name, values in columns.items()} for row in range(len(samples))]
+        made, reference = stack(samples), stack(samples, references=True)
+        distances = similarity.feature_distance(made, reference, self.classifier, self.grid)
+        return [{"feature_distance": float(distance)} for distance in distances]
 
 
 def load_scenes(assets: Mapping[str, str], device: torch.device) -> SceneScorer:
@@ -141,9 +129,9 @@ def load_features(assets: Mapping[str, str], device: torch.device) -> FeatureSco
     return FeatureScorer(SceneFeatures(*_judge(assets)))
 
 
-def load_fidelity(assets: Mapping[str, str], device: torch.device) -> FidelityScorer:
+def load_distance(assets: Mapping[str, str], device: torch.device) -> DistanceScorer:
     """As `load_scenes`."""
-    return FidelityScorer(*_judge(assets))
+    return DistanceScorer(*_judge(assets))
 
 
 def _boxes(found: Sequence[Found], cell: int) -> list[Detection]:
@@ -184,19 +172,3 @@ def _judge(assets: Mapping[str, str]) -> tuple[DigitClassifier, int]:
     if type(grid) is not int or grid < 1:
         raise DataError(f'{path} says {told!r}; it must be {{"grid": n}} with n at least 1')
     return DigitClassifier.load(folder), grid
-
-
-def _stack(samples: Sequence[Sample], references: bool = False) -> NDArray[np.uint8]:
-    """The pictures, or their references, uint8 [N, S, S, 3]."""
-    pictures = []
-    for sample in samples:
-        image = sample.reference if references else sample.image
-        if image is None:
-            raise EvaluationError(
-                f"prompt {sample.prompt.id}, picture {sample.index} has no reference; fidelity compares with one"
-            )
-        pictures.append(np.asarray(image.convert("RGB"), np.uint8))
-    sizes = sorted({picture.shape[:2] for picture in pictures})
-    if len(sizes) > 1:
-        raise DataError(f"pictures are of sizes {sizes}; scenes of one data set are all of one size")
-    return np.stack(pictures)

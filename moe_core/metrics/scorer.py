@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from moe_core.errors import Dense2MoEError
+from moe_core.errors import DataError, Dense2MoEError, EvaluationError
 
 Row = dict[str, Any]
 """Column -> value of one picture: float, bool or str, or a list of floats (features)."""
@@ -150,3 +152,19 @@ def check_assets(spec: ScorerSpec, assets: Mapping[str, str]) -> None:
                     f"{spec.name}: eval.models.{asset.key} is {place}, which has no {', '.join(missing) or 'such folder'};"
                     f" it must hold {asset.what}"
                 )
+
+
+def stack(samples: Sequence[Sample], references: bool = False) -> NDArray[np.uint8]:
+    """The pictures, or their references, uint8 [N, S, S, 3]."""
+    pictures = []
+    for sample in samples:
+        image = sample.reference if references else sample.image
+        if image is None:
+            raise EvaluationError(
+                f"prompt {sample.prompt.id}, picture {sample.index} has no reference to compare it with"
+            )
+        pictures.append(np.asarray(image.convert("RGB"), np.uint8))
+    sizes = sorted({picture.shape[:2] for picture in pictures})
+    if len(sizes) > 1:
+        raise DataError(f"pictures are of sizes {sizes}; scenes of one data set are all of one size")
+    return np.stack(pictures)

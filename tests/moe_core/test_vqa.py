@@ -7,67 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    BertTokenizer,
-    BlipConfig,
-    BlipForQuestionAnswering,
-    BlipImageProcessorPil,
-    BlipTextConfig,
-    BlipVisionConfig,
-)
+from transformers import BlipForQuestionAnswering
 
 from moe_core.errors import DataError
 from moe_core.metrics import vqa
 from moe_core.metrics.vqa import BlipVQA
-
-# fmt: off
-WORDS = [
-    "yes", "no", "one", "two", "is", "there", "a", "an", "the", "dog",
-    "cat", "red", "blue", "ball", "in", "picture", "of", "and", "on", "left",
-    "right", "how", "many", "?", "where", "table", "sky", "green", "very", "old",
-    "small",
-]
-# fmt: on
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-DEC, ENC = len(VOCABULARY), len(VOCABULARY) + 1
-SIZE = 32
-
-
-def _save(folder: Path, vocabulary: list[str], vocab_size: int, seed: int = 0) -> str:
-    """A real BLIP, small and with random weights that are large enough for its answers to differ."""
-    torch.manual_seed(seed)
-    text = BlipTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        encoder_hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        bos_token_id=len(vocabulary),
-        sep_token_id=3,
-        pad_token_id=0,
-        initializer_range=0.5,
-    )
-    vision = BlipVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=8,
-        initializer_range=0.3,
-    )
-    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
-    BlipForQuestionAnswering(config).save_pretrained(folder)
-    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
-    return str(folder)
+from tests.moe_core.tiny_blip import DEC, ENC, SIZE, VOCABULARY, save
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return _save(tmp_path_factory.mktemp("blip"), VOCABULARY, len(VOCABULARY) + 2)
+    return save(tmp_path_factory.mktemp("blip"))
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +127,6 @@ def test_faults_are_named(blip: BlipVQA, tmp_path: Path):
         blip.answer(PICTURES, QUESTIONS[:2])
     without = [word for word in VOCABULARY if word != "no"]
     with pytest.raises(DataError, match="no word 'no'"):
-        BlipVQA.load(_save(tmp_path / "a", without, len(without) + 2), torch.device("cpu"))
+        BlipVQA.load(save(tmp_path / "a", without, len(without) + 2), torch.device("cpu"))
     with pytest.raises(DataError, match=r"one more after it, \[ENC\]"):
-        BlipVQA.load(_save(tmp_path / "b", VOCABULARY, len(VOCABULARY) + 1), torch.device("cpu"))
+        BlipVQA.load(save(tmp_path / "b", VOCABULARY, len(VOCABULARY) + 1), torch.device("cpu"))
