@@ -42,8 +42,6 @@ def differences(
             continue
         for measure in measures.applicable(registry.spec(name), pair[0]):
             one, other = (measures.prompt_table(table, measure) for table in pair)
-            if measures.none_count(one, measure) and measures.none_count(other, measure):
-                continue
             found[measure.name] = aggregate.difference(one, other, measure, draws)
         for distance in registry.spec(name).set_measures:
             if list(pair[0]["id"]) != list(pair[1]["id"]):

@@ -89,7 +89,7 @@ def evaluate(root: Path, place: str, out: Path, params: Params, against: str | N
 
 
 def _claim(out: Path, source: Any, params: Params) -> None:
-    """A folder belongs to one pipeline and one set of parameters."""
+    """A folder with pictures belongs to one pipeline and one set of parameters."""
     asked = {
         "pipeline": source.place,
         "arguments": source.arguments,
@@ -98,7 +98,8 @@ def _claim(out: Path, source: Any, params: Params) -> None:
         "eval": params.eval.model_dump(mode="json"),
     }
     file = out / ASKED
-    if file.is_file() and (there := json.loads(file.read_text(encoding="utf-8"))) != json.loads(json.dumps(asked)):
+    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if any((out / "images").rglob("*.png")) and there != json.loads(json.dumps(asked)):
         other = next(key for key in asked if there.get(key) != json.loads(json.dumps(asked[key])))
         raise ConfigError(
             f"{out} has the evaluation of another '{other}' ({there.get(other)}); give --out another folder"

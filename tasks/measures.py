@@ -157,11 +157,12 @@ def _asked(spec: ScorerSpec, pictures: Sequence[Picture]) -> list[Picture]:
 
 
 def _measure(result: SuiteResult, spec: ScorerSpec, table: pd.DataFrame, assets: Mapping[str, str], seed: int) -> None:
-    for measure in applicable(spec, table):
-        prompts = prompt_table(table, measure)
-        if none_count(prompts, measure):
+    counted = applicable(spec, table)
+    for measure in spec.measures:
+        if measure not in counted:
             result.not_measured[measure.name] = f"no prompt of suite {result.suite.name} counts for {measure.name}"
             continue
+        prompts = prompt_table(table, measure)
         result.values[measure.name] = aggregate.estimate(prompts, measure, seed)
         if measure.by_kind:
             result.kinds[measure.name] = aggregate.by_kind(prompts, measure, seed)
@@ -185,11 +186,6 @@ def prompt_table(table: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """A row a prompt with what a measure needs, of the kinds that it counts."""
     own = table[table["kind"].isin(measure.kinds)] if measure.kinds else table
     return aggregate.by_prompt(own, [measure.column] + ([measure.weight] if measure.weight else []))
-
-
-def none_count(prompts: pd.DataFrame, measure: Measure) -> bool:
-    """Whether a suite, or the part of it that is taken, has nothing for a measure: no prompt of its kinds, or none of any weight."""
-    return prompts.empty or (measure.weight is not None and not prompts[measure.weight].sum() > 0)
 
 
 def features(table: pd.DataFrame, column: str) -> np.ndarray:

@@ -111,11 +111,13 @@ def render(placed: list[tuple[int, NDArray[np.float32], str]], canvas: int, grid
     return np.round(picture * 255).astype(np.uint8)
 
 
-def make_scene(config: EmbeddedDataConfig, seed: int, index: int) -> Scene:
-    """Sample `index` of the data set with this seed."""
+def make_scene(
+    config: EmbeddedDataConfig, seed: int, index: int, digits: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
+) -> Scene:
+    """Sample `index` of the data set with this seed; made of the generator's digits, or of these (ink [N, 8, 8] and classes [N])."""
     rng = np.random.default_rng([seed, index])
     plan = _plan(config, rng, config.kinds[int(rng.integers(len(config.kinds)))])
-    images, classes = generator_digits(config)
+    images, classes = generator_digits(config) if digits is None else digits
     placed = [
         (cell, images[rng.choice(np.flatnonzero(classes == digit))], colour) for cell, digit, colour in plan.placed
     ]
@@ -138,7 +140,7 @@ def captions_vocabulary() -> list[str]:
     """Captions that together hold every word a scene's prompt may use: what the small tokenizers are made from."""
     numbers = DIGIT_NAMES[2 : MAX_CELLS + 1]
     return [
-        *(_a(name) for name in DIGIT_NAMES),
+        *(with_article(name) for name in DIGIT_NAMES),
         *(f"{number} {plural}" for number in numbers for plural in PLURALS),
         *(f"a {colour} {DIGIT_NAMES[0]} and a {colour} {DIGIT_NAMES[0]}" for colour in COLOURS),
         *(f"a {DIGIT_NAMES[0]} {position} a {DIGIT_NAMES[1]}" for position in POSITIONS),
@@ -191,7 +193,7 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
             " digits; drop the kind, or raise max_digits or grid"
         )
     if kind == "single_object":
-        return _Plan(_record(kind, _a(names[0]), [_object(first)]), ((cells[0], first, colours[0]),))
+        return _Plan(_record(kind, with_article(names[0]), [_object(first)]), ((cells[0], first, colours[0]),))
     if kind == "colors":
         include = [_object(first, color=colours[0])]
         return _Plan(_record(kind, f"a {colours[0]} {names[0]}", include), ((cells[0], first, colours[0]),))
@@ -200,7 +202,7 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
         placed = tuple((cells[i], first, colours[i]) for i in range(count))
         return _Plan(_record(kind, f"{DIGIT_NAMES[count]} {PLURALS[first]}", [_object(first, count)]), placed)
     if kind == "two_object":
-        prompt = f"{_a(names[0])} and {_a(names[1])}"
+        prompt = f"{with_article(names[0])} and {with_article(names[1])}"
         placed = ((cells[0], first, colours[0]), (cells[1], second, colours[1]))
         return _Plan(_record(kind, prompt, [_object(first), _object(second)]), placed)
     if kind == "color_attr":
@@ -215,7 +217,7 @@ def _plan(config: EmbeddedDataConfig, rng: np.random.Generator, kind: str) -> _P
     lesser, greater = (2 * line, 2 * line + 1) if relation in ("left of", "right of") else (line, line + 2)
     here, there = (lesser, greater) if relation in ("left of", "above") else (greater, lesser)
     include = [_object(second), _object(first, position=[relation, 0])]
-    prompt = f"{_a(names[0])} {relation} {_a(names[1])}"
+    prompt = f"{with_article(names[0])} {relation} {with_article(names[1])}"
     return _Plan(_record(kind, prompt, include), ((here, first, colours[0]), (there, second, colours[1])))
 
 
@@ -231,8 +233,8 @@ def _check_canvas(canvas: int, grid: int) -> None:
         )
 
 
-def _a(name: str) -> str:
-    # By sound: "a one".
+def with_article(name: str) -> str:
+    """By sound: "a one", "an eight"."""
     return f"an {name}" if name == "eight" else f"a {name}"
 
 

@@ -103,7 +103,7 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps)
         for _ in range(config.steps):
             rows = torch.randint(cut, (config.batch_size,), generator=generator)
-            loss = F.cross_entropy(classifier(_augment(ink[rows], generator)), target[rows], label_smoothing=0.05)
+            loss = F.cross_entropy(classifier(augment(ink[rows], generator)), target[rows], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -124,7 +124,7 @@ def accuracy(classifier: DigitClassifier, images: NDArray[np.float32], classes: 
     return float((predicted == torch.from_numpy(classes)).float().mean())
 
 
-def _augment(ink: Tensor, generator: torch.Generator) -> Tensor:
+def augment(ink: Tensor, generator: torch.Generator) -> Tensor:
     """Small random rotation, scale, shear, shift, brightness and noise: other people's hands, from few digits."""
     count = len(ink)
 

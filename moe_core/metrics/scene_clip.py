@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
@@ -38,8 +37,6 @@ TRAIN_SCENES, TEST_SCENES = 8000, 1000
 _MAX_LOGIT_SCALE = 100.0
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-Digits = tuple[NDArray[np.float32], NDArray[np.int64]]
-
 
 def train(
     config: EmbeddedDataConfig,
@@ -57,13 +54,15 @@ def train(
         raise DataError(f"steps are {steps}, batch_size {batch_size} and scenes {scenes}; each must be at least 1")
     images, classes = embedded.evaluator_digits(config)
     cut = len(images) - math.ceil(TEST_SHARE * len(images))
-    shown = [_scene(config, (images[:cut], classes[:cut]), seed, index) for index in range(scenes)]
+    shown = [embedded.make_scene(config, seed, index, (images[:cut], classes[:cut])) for index in range(scenes)]
     processor = _processor(config.canvas)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _model(config, processor)
         _fit(model, processor, shown, config.grid, steps, batch_size, learning_rate, seed)
-    kept = [_scene(config, (images[cut:], classes[cut:]), seed, scenes + index) for index in range(TEST_SCENES)]
+    kept = [
+        embedded.make_scene(config, seed, scenes + index, (images[cut:], classes[cut:])) for index in range(TEST_SCENES)
+    ]
     return model, processor, separation(model, processor, kept, config, seed)
 
 
@@ -220,22 +219,11 @@ def _processor(canvas: int) -> CLIPProcessor:
     return CLIPProcessor(images, clip_tokenizer(embedded.captions_vocabulary(), MAX_TOKENS))
 
 
-def _scene(config: EmbeddedDataConfig, digits: Digits, seed: int, index: int) -> Scene:
-    """As `embedded.make_scene`, of other digits."""
-    rng = np.random.default_rng([seed, index])
-    plan = embedded._plan(config, rng, config.kinds[int(rng.integers(len(config.kinds)))])
-    images, classes = digits
-    placed = [
-        (cell, images[rng.choice(np.flatnonzero(classes == digit))], colour) for cell, digit, colour in plan.placed
-    ]
-    return Scene(embedded.render(placed, config.canvas, config.grid), plan.record)
-
-
 def _augment(pixels: Tensor, grid: int, generator: torch.Generator) -> Tensor:
     """Each cell of [B, 3, S, S] moved, sheared, dimmed and made noisy by itself, as the digit classifier's digits are."""
     side = pixels.shape[-1] // grid
     cells = pixels.unflatten(3, (grid, side)).unflatten(2, (grid, side)).permute(0, 2, 4, 1, 3, 5)
-    moved = classifier._augment(cells.flatten(0, 2), generator).unflatten(0, cells.shape[:3])
+    moved = classifier.augment(cells.flatten(0, 2), generator).unflatten(0, cells.shape[:3])
     return moved.permute(0, 3, 1, 4, 2, 5).reshape(pixels.shape)
 
 
@@ -281,7 +269,8 @@ def _caption(tag: str, include: Sequence[Mapping[str, Any]]) -> str:
         (item,) = include
         return f"{DIGIT_NAMES[item['count']]} {PLURALS[DIGIT_NAMES.index(item['class'])]}"
     named = [
-        f"a {item['color']} {item['class']}" if "color" in item else embedded._a(item["class"]) for item in include
+        f"a {item['color']} {item['class']}" if "color" in item else embedded.with_article(item["class"])
+        for item in include
     ]
     if tag == "position":
         return f"{named[1]} {include[1]['position'][0]} {named[0]}"

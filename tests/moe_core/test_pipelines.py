@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, FluxPipeline, PixArtAlphaPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 from moe_core import pipelines
@@ -139,7 +146,9 @@ def test_seeds_must_be_as_many_as_prompts(loaded: Any) -> None:
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no model_index\.json; it must be a diffusers pipeline folder"):
         pipelines.load(PipelineSource(str(tmp_path)), CPU)
-    with pytest.raises(CheckpointError, match=r"nowhere cannot be loaded .*must be a diffusers pipeline folder or hub id"):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere cannot be loaded .*must be a diffusers pipeline folder or hub id"
+    ):
         pipelines.load(PipelineSource(str(tmp_path / "nowhere")), CPU)
     folder = save_stable_diffusion(tmp_path / "sd")
     shutil.rmtree(folder / "unet")

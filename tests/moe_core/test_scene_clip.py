@@ -103,7 +103,7 @@ def test_training_scenes_show_the_given_digits_alone():
     images, classes = embedded.evaluator_digits(SCENES)
     known = {(image * 255).round().astype(np.uint8).tobytes() for image in images[:700]}
     for index in range(30):
-        scene = scene_clip._scene(SCENES, (images[:700], classes[:700]), 0, index)
+        scene = embedded.make_scene(SCENES, 0, index, (images[:700], classes[:700]))
         for top in (0, 8):
             for left in (0, 8):
                 cell = scene.image[top : top + 8, left : left + 8].max(-1)
