@@ -53,6 +53,9 @@ PLUMBING = {
     "tasks/launch.py": "starts workers",
     "tasks/run_training.py": "starts the loop, which is listed: tasks/training.py",
     "tasks/cluster.py": "starts or joins Ray",
+    "tasks/ray_settings.py": "what Ray is told",
+    "tasks/actors.py": "deals units of work to processes (tested: the same for any number of them)",
+    "moe_core/compiling.py": "the same blocks through a compiler (tested: equal to rounding)",
     "tasks/outs.py": "moves finished files into place",
 }
 """Modules that run a stage without deciding its result, and why: a change to them must not train a teacher anew."""
@@ -180,7 +183,7 @@ def changed(folder: Path) -> set[str]:
         graph = repo.index.graph
         own = {stage for stage in repo.index.stages if hasattr(stage, "name") and stage.changed_deps()}
         follow = {s.name for s in graph if hasattr(s, "name") for o in own if s is o or _reaches(graph, s, o)}
-    return {name.partition("@")[0] if name.startswith(("mob", "evaluate")) else name for name in follow}
+    return {name.partition("@")[0] if name.startswith(("mob", "generate", "evaluate")) else name for name in follow}
 
 
 def _reaches(graph: Any, consumer: Any, producer: Any) -> bool:
@@ -240,16 +243,21 @@ def test_a_parameter_re_runs_what_it_touches_and_no_more(finished: Path) -> None
         (finished / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         return changed(finished)
 
-    shown = {"evaluate", "latency", "report"}
+    judged = {"evaluate", "report"}
+    shown = {"generate", "latency", *judged}
     assert after("mob", "alpha", value=0.25) == {"mob_kd", *shown}
     assert after("kd", "mob", "lambda_balance", value=0.5) == {"mob_kd", *shown}
     assert after("mob", "levels", "M", "double", "size", value=2) == {"mob_kd", *shown}
     assert after("moe", "top_k", value=1) == {"shared_expert_kd", "moe_kd", "mob_kd", *shown}
     assert after("eval", "latency_rounds", value=2) == {"latency", "report"}
-    assert after("model", "num_inference_steps", value=3) == {"evaluate", "latency", "report"}
+    assert after("eval", "scoring_batch_size", value=3) == {"sanity", *judged}
+    assert after("model", "num_inference_steps", value=3) == {"sanity", *shown}
     assert after("compute", "num_workers", value=2) == set()
     (finished / "params.yaml").write_text(text)
     (finished / "tasks" / "tracking.py").write_text("# other\n")
     assert changed(finished) == set()
     (finished / "tasks" / "evaluate.py").write_text("# other\n")
-    assert changed(finished) == {"evaluate", "latency", "report"} - {"latency"}
+    assert changed(finished) == judged
+    # A scorer more makes no picture again.
+    (finished / "moe_core" / "metrics" / "registry.py").write_text("# other\n")
+    assert changed(finished) == {"sanity", *judged}

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
 from moe_core.config import Params, parse
@@ -20,6 +19,7 @@ from moe_core.errors import CheckpointError, ConfigError, DataError, EvaluationE
 from moe_core.small_flux import clip_tokenizer
 from tasks import foreign
 from tasks.places import EVALUATIONS, IMAGES, PROMPTS, SUITES
+from tasks.scoring import read_picture
 from tests.moe_core.other_pipelines import CAPTIONS, save_pixart, save_stable_diffusion
 
 # NumPy 2 on diffusers' DPM-Solver, which PixArt has.
@@ -126,7 +126,7 @@ def test_a_pipeline_of_another_kind_is_evaluated_and_a_second_run_says_the_same(
     assert "eval.models.scene_judge" in own["not_measured"]["scenes"]
     assert "reference" in mine["not_measured"]["similarity"]
     assert "differences" not in told
-    assert Image.open(root / "out" / "images" / "mine" / "00001-01.png").size == (16, 16)
+    assert read_picture(root / "out" / "images" / "mine" / "00001-01.png").size == (16, 16)
     assert json.loads((root / "out" / foreign.RESULT).read_text()) == told
     # What stage `source` has made is left alone.
     assert not (root / SUITES).exists()
@@ -196,7 +196,7 @@ def test_against_a_model_of_the_checkout(root: Path, params: Callable[..., Param
     assert told["against"] == "teacher"
     # The reference's pictures are the teacher's.
     one, other = (
-        np.asarray(Image.open(folder / "mine" / "00000-00.png"), np.float64)
+        np.asarray(read_picture(folder / "mine" / "00000-00.png"), np.float64)
         for folder in (root / "out" / "images", root / IMAGES / "teacher")
     )
     rows = pd.read_parquet(root / "out" / "mine.pictures.parquet")
@@ -223,11 +223,12 @@ def test_against_a_model_of_other_prompts_or_without_pictures(root: Path, params
 
 
 def test_what_is_missing_is_named(root: Path, params: Callable[..., Params]) -> None:
-    with pytest.raises(CheckpointError, match="clip has no model_index.json"):
+    with pytest.raises(CheckpointError, match=r"clip has no model_index\.json"):
         evaluate(root, "clip", params())
-    shutil.rmtree(root / "clip")
+    (root / "clip" / "model.safetensors").unlink()
     with pytest.raises(
-        EvaluationError, match=r"no scorer of any suite can be loaded: clip_score.*openai/clip-vit-large"
+        EvaluationError,
+        match=r"no scorer of any suite can be loaded: clip_score.*no model\.safetensors.*openai/clip-vit-large",
     ):
         evaluate(root, "sd", params())
     (root / PROMPTS).unlink()

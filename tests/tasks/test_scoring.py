@@ -29,6 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignor
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("light", "dark", "dark")
+Drawn = tuple[Suite, list[Picture]]
+Compute = Callable[..., ComputeConfig]
 
 
 class Brightness:
@@ -134,13 +136,9 @@ def units_of(
     return scoring.units(spec, pictures, folder / "images" / "mine", None, folder / rows, 5)
 
 
-def silent(done: int, count: int, rate: float) -> None:
-    """Tells nobody."""
-
-
 def run(units: Sequence[scoring.Unit], compute: ComputeConfig) -> pd.DataFrame:
     with scoring.judges({}, compute) as group:
-        return scoring.run(units, group, silent)[0]
+        return scoring.run(units, group, lambda *told: None)[0]
 
 
 def measured(
@@ -159,9 +157,7 @@ def measured(
         )
 
 
-def test_rows_are_of_their_pictures_and_a_killed_run_goes_on(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
-) -> None:
+def test_rows_are_of_their_pictures_and_a_killed_run_goes_on(drawn: Drawn, tmp_path: Path, compute: Compute) -> None:
     _, pictures = drawn
     units = units_of(tmp_path, pictures)
     table = run(units, compute(0))
@@ -186,12 +182,7 @@ def test_rows_are_of_their_pictures_and_a_killed_run_goes_on(
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.timeout(180)
-def test_rows_are_the_same_whoever_makes_them(
-    drawn: tuple[Suite, list[Picture]],
-    tmp_path: Path,
-    compute: Callable[..., ComputeConfig],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_are_the_same_whoever_makes_them(drawn: Drawn, tmp_path: Path, compute: Compute) -> None:
     _, pictures = drawn
     by_itself = units_of(tmp_path, pictures)
     table = run(by_itself, compute(0))
@@ -209,9 +200,7 @@ def test_rows_are_the_same_whoever_makes_them(
     assert result.values["level"].value == pytest.approx(table["level"].mean())
 
 
-def test_pictures_that_are_missing_or_broken_are_named(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
-) -> None:
+def test_pictures_that_are_missing_or_broken_are_named(drawn: Drawn, tmp_path: Path, compute: Compute) -> None:
     _, pictures = drawn
     file = tmp_path / "images" / "mine" / pictures[7].file
     whole = file.read_bytes()
@@ -268,7 +257,7 @@ def test_a_scorer_that_gives_too_few_rows_is_named() -> None:
 
 
 def test_a_value_that_is_no_number_is_named_and_its_row_is_not_kept(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
+    drawn: Drawn, tmp_path: Path, compute: Compute
 ) -> None:
     _, pictures = drawn
     with pytest.raises(EvaluationError, match="nan says level = nan of prompt p4, picture 1; it must be a number"):
@@ -284,7 +273,7 @@ def test_a_value_that_is_no_number_is_named_and_its_row_is_not_kept(
 
 
 def test_values_are_means_over_prompts_and_two_runs_say_the_same(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
+    drawn: Drawn, tmp_path: Path, compute: Compute
 ) -> None:
     suite, pictures = drawn
     [result] = measured(tmp_path, [suite], compute(0))
@@ -316,9 +305,7 @@ def test_values_are_means_over_prompts_and_two_runs_say_the_same(
     assert sheet.size == (3 * 8, 2 * 8)
 
 
-def test_what_a_scorer_lacks_is_told_and_the_others_go_on(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
-) -> None:
+def test_what_a_scorer_lacks_is_told_and_the_others_go_on(drawn: Drawn, tmp_path: Path, compute: Compute) -> None:
     suite = suite_of("asks", "gone", "similarity", "bright")
     [result] = measured(tmp_path, [suite], compute(0))
     assert list(result.tables) == ["bright"]
@@ -334,9 +321,7 @@ def test_what_a_scorer_lacks_is_told_and_the_others_go_on(
     assert scoring.unavailable(BRIGHT, {}) is None
 
 
-def test_if_no_scorer_can_be_loaded_all_reasons_are_told(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
-) -> None:
+def test_if_no_scorer_can_be_loaded_all_reasons_are_told(drawn: Drawn, tmp_path: Path, compute: Compute) -> None:
     missing = Suite("other", suite_of("bright").config, missing="eval.suites.other.path is x, where nothing lies")
     with pytest.raises(
         EvaluationError,
@@ -354,7 +339,7 @@ def test_if_no_scorer_can_be_loaded_all_reasons_are_told(
 
 
 def test_a_scorer_of_some_kinds_sees_them_alone_and_no_row_of_another_is_lost(
-    drawn: tuple[Suite, list[Picture]], tmp_path: Path, compute: Callable[..., ComputeConfig]
+    drawn: Drawn, tmp_path: Path, compute: Compute
 ) -> None:
     suite = suite_of("dark", "bright")
     [result] = measured(tmp_path, [suite], compute(0))
@@ -376,10 +361,7 @@ def test_a_scorer_of_some_kinds_sees_them_alone_and_no_row_of_another_is_lost(
 
 
 def test_a_measure_that_no_prompt_counts_for_is_told_and_the_others_go_on(
-    drawn: tuple[Suite, list[Picture]],
-    tmp_path: Path,
-    compute: Callable[..., ComputeConfig],
-    monkeypatch: pytest.MonkeyPatch,
+    drawn: Drawn, tmp_path: Path, compute: Compute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partly = replace(DARK, measures=(*DARK.measures, Measure("unseen", "level", kinds=("unseen",))))
     monkeypatch.setitem(registry.SPECS, "dark", partly)
@@ -388,7 +370,7 @@ def test_a_measure_that_no_prompt_counts_for_is_told_and_the_others_go_on(
     assert result.not_measured == {"unseen": "no prompt of suite mine counts for unseen"}
 
 
-def test_two_models_are_compared_prompt_by_prompt(tmp_path: Path, compute: Callable[..., ComputeConfig]) -> None:
+def test_two_models_are_compared_prompt_by_prompt(tmp_path: Path, compute: Compute) -> None:
     suite = suite_of("dark", "bright", prompts=9)
     pictures, folders = suites.pictures(suite, 0), []
     for number, model in enumerate("ab"):
