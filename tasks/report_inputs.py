@@ -15,21 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from moe_core.config import Params
 from moe_core.errors import DataError
 from tasks import report_suites
-from tasks.places import EVALUATIONS
-from tasks.report_suites import Sight, SuiteTable
+from tasks.places import EVALUATIONS, SANITY
+from tasks.report_suites import Record, SeenMeasure, Sight, SuiteTable, SuiteValues
 
 SPLITS = ("train", "validation")
-
-
-class Record(BaseModel):
-    """A part of an input file. Keys that the report does not show may be there."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class ParameterCounts(Record):
@@ -54,6 +48,13 @@ class Judged(Record):
     fid_reference: str
 
 
+class Sanity(Record):
+    """`reports/sanity.json`."""
+
+    pictures: int
+    measures: dict[str, SeenMeasure]
+
+
 class Evaluation(Record):
     """`data/evaluations/<model>.json`. Pictures that nobody judges have no accuracy."""
 
@@ -69,6 +70,7 @@ class Evaluation(Record):
     expert_use_by_timestep: dict[str, list[list[float]]]
     block_use: dict[str, list[float]]
     block_use_by_timestep: dict[str, list[list[float]]]
+    suites: dict[str, SuiteValues]
 
 
 class StageSummary(Record):
@@ -227,8 +229,8 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
         latency=latency,
         block_change=_record(BlockChange, data / "importance" / "block_change.json", "importance"),
         manifest=_record(Manifest, data / "shards" / "manifest.json", "shard"),
-        suites=report_suites.tables(root, params, models),
-        sights=report_suites.sights(root),
+        suites=report_suites.tables(root, params, {name: evaluations[name].suites for name in models}),
+        sights=report_suites.sights(_record(Sanity, root / SANITY, "sanity").measures),
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from moe_core.config import Params
+from moe_core.errors import DataError
 from moe_core.metrics import corruption, registry
 from moe_core.metrics.aggregate import Estimated
 from tasks import comparison, scoring
-from tasks.places import DENSE, EVALUATIONS, SANITY
+from tasks.places import DENSE, EVALUATIONS
 from tasks.sanity import worse_steps
 
 TITLES = {
@@ -26,6 +28,39 @@ TITLES = {
     "clip_score": "CLIP score",
 }
 """Of measures whose names are no words."""
+
+
+class Record(BaseModel):
+    """A part of an input file. Keys that the report does not show may be there."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Value(Record):
+    """A measure with its interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+class SuiteValues(Record):
+    """What one suite came to for one model."""
+
+    prompts: int
+    measures: dict[str, Value]
+    not_measured: dict[str, str]
+
+
+class SeenMeasure(Record):
+    """A measure at each level of each corruption."""
+
+    rising: bool
+    blind_to_swap: str | None
+    blur: list[float]
+    noise: list[float]
+    swap: list[float]
 
 
 @dataclass(frozen=True)
@@ -67,15 +102,18 @@ class Sight:
     verdict: str
 
 
-def tables(root: Path, params: Params, models: tuple[str, ...]) -> list[SuiteTable]:
-    """A table a suite."""
-    assets = scoring.assets_of(params.eval.models, root)
-    told = {m: json.loads((root / EVALUATIONS / f"{m}.json").read_text(encoding="utf-8"))["suites"] for m in models}
+def tables(root: Path, params: Params, told: Mapping[str, Mapping[str, SuiteValues]]) -> list[SuiteTable]:
+    """A table a suite, of what each model's evaluation says of its suites. Raises DataError for one that says nothing of a suite."""
+    assets, models = scoring.assets_of(params.eval.models, root), tuple(told)
     found = []
     for name, suite in params.eval.suites.items():
+        if without := [model for model in models if name not in told[model]]:
+            raise DataError(
+                f"data/evaluations/{without[0]}.json has no suite {name}; `dvc repro evaluate@{without[0]}` makes it"
+            )
         rows: dict[str, dict[str, Cell | None]] = {}
         less: dict[str, dict[str, Estimated]] = {}
-        if told[DENSE][name]["measures"]:
+        if told[DENSE][name].measures:
             teacher = root / EVALUATIONS / DENSE
             less = {
                 model: comparison.differences(
@@ -87,15 +125,15 @@ def tables(root: Path, params: Params, models: tuple[str, ...]) -> list[SuiteTab
         missing: dict[str, str] = {}
         for scorer in suite.scorers:
             for measure in _measures(scorer):
-                cells = {m: _cell(told[m][name]["measures"].get(measure), less.get(m, {}).get(measure)) for m in models}
+                cells = {m: _cell(told[m][name].measures.get(measure), less.get(m, {}).get(measure)) for m in models}
                 if any(cells.values()):
                     rows[measure] = cells
-            if all(scorer in told[m][name]["not_measured"] for m in models):
-                missing[scorer] = told[models[-1]][name]["not_measured"][scorer]
+            if all(scorer in told[m][name].not_measured for m in models):
+                missing[scorer] = told[models[-1]][name].not_measured[scorer]
         found.append(
             SuiteTable(
                 name,
-                told[DENSE][name]["prompts"],
+                told[DENSE][name].prompts,
                 suite.images_per_prompt,
                 rows,
                 {measure: TITLES.get(measure, measure) for measure in rows},
@@ -106,17 +144,17 @@ def tables(root: Path, params: Params, models: tuple[str, ...]) -> list[SuiteTab
     return found
 
 
-def sights(root: Path) -> list[Sight]:
+def sights(measures: Mapping[str, SeenMeasure]) -> list[Sight]:
     """What every measure makes of pictures that get worse: a row a measure and kind."""
     found = []
-    for name, told in json.loads((root / SANITY).read_text(encoding="utf-8"))["measures"].items():
+    for name, told in measures.items():
         for kind in corruption.KINDS:
-            values: list[float] = told[kind]
-            steps, of = worse_steps(values, told["rising"]), len(values) - 1
+            values: list[float] = getattr(told, kind)
+            steps, of = worse_steps(values, told.rising), len(values) - 1
             verdict = f"{steps} of {of} steps worse"
-            if kind == "swap" and told["blind_to_swap"]:
-                verdict = told["blind_to_swap"]
-            found.append(Sight(TITLES.get(name, name), told["rising"], kind, values, verdict))
+            if kind == "swap" and told.blind_to_swap:
+                verdict = told.blind_to_swap
+            found.append(Sight(TITLES.get(name, name), told.rising, kind, values, verdict))
     return found
 
 
@@ -126,7 +164,5 @@ def _measures(scorer: str) -> dict[str, bool]:
     return {m.name: m.rising for m in spec.measures} | {m.name: m.rising for m in spec.set_measures}
 
 
-def _cell(own: dict[str, Any] | None, less: Estimated | None) -> Cell | None:
-    if own is None:
-        return None
-    return Cell(Estimated(own["value"], own["low"], own["high"], own["count"]), less)
+def _cell(own: Value | None, less: Estimated | None) -> Cell | None:
+    return None if own is None else Cell(Estimated(own.value, own.low, own.high, own.count), less)

@@ -83,8 +83,9 @@ def test_a_flux_preset_ends_with_a_report_in_which_nobody_judged(tmp_path: Path)
         own = json.loads((checkout / "data" / "evaluations" / f"{model}.json").read_text())
         assert own["judged"] is None
         assert (own["teacher_distance"] == 0) == (own["kd_loss"] == 0) == (model == "teacher")
-        assert len(list((checkout / "data" / "images" / model).glob("*.png"))) == 3
+        assert len(list((checkout / "data" / "images" / model / "own").glob("*.png"))) == 3
     rows = (checkout / "reports" / "report.md").read_text()
     assert "Nobody judged" in rows
+    assert "PSNR to the teacher" in rows
     assert "| lite (baseline) |" in rows
     assert "Running stage" not in dvc(checkout, "repro")

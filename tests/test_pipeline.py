@@ -43,6 +43,9 @@ FEW_STEPS = [
     "kd.validation_samples=16",
     "kd.importance_batch_size=16",
     "eval.prompts=20",
+    "eval.sanity=20",
+    "eval.contrastive.steps=40",
+    "eval.contrastive.scenes=300",
     "eval.batch_size=10",
     "eval.latency_rounds=1",
     "compute.checkpoint_every=4",
@@ -99,7 +102,11 @@ def test_a_mob_parameter_reruns_mob_evaluation_and_report_only(checkout: Path) -
             names = {stage.name for stage in changed}
     finally:
         file.write_text(before)
-    assert names == {*(f"{kind}@{level}" for kind in ("mob_kd", "evaluate") for level in LEVELS), "latency", "report"}
+    assert names == {
+        *(f"{kind}@{level}" for kind in ("mob_kd", "generate", "evaluate") for level in LEVELS),
+        "latency",
+        "report",
+    }
 
 
 def test_metrics_and_plots_show_something(checkout: Path) -> None:

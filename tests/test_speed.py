@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import graphs, layer, memory, models, peers, sampling, tables, timing, workers
+from benchmarks.speed import compiled, graphs, layer, memory, models, peers, sampling, tables, timing, workers
 from moe_core import accounting
+from moe_core.dry_run import Inputs
 from moe_core.mob import MoBGroup
 
 CPU = torch.device("cpu")
@@ -179,3 +180,13 @@ def test_a_rented_gpu_machine_needs_few_packages():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["layer", "models", "sampling", "memory", "growth", "kd_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_what_compiling_takes_is_told_apart_from_a_step():
+    configs = workers.Sizes(heads=1, double=2, single=1).configs()
+    row = compiled.measure(configs, "L", Inputs(1, 16, 4), ("all",), rounds=3, backend="aot_eager")
+    assert row["compiling_s"] > 5 * row["times"]["compiled"]["median_s"]
+    assert row["times"]["plain"]["ratio"] == 1

@@ -98,6 +98,10 @@ class EvalConfig(Section):
         for name in self.suites:
             if not name.isidentifier():
                 raise ValueError(f"suites has '{name}'; a name must be of letters, digits and _ alone")
+        if self.sanity is not None and self.sanity > self.prompts:
+            raise ValueError(
+                f"sanity is {self.sanity}, but prompts is {self.prompts}; it takes the pictures of so many of them"
+            )
         first = next(iter(self.suites))
         if self.suites[first].prompts != "own" or self.suites[first].images_per_prompt != 1:
             raise ValueError(f"suites.{first} is the first: its prompts must be 'own', one picture each")

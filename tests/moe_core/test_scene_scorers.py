@@ -14,14 +14,14 @@ from PIL import Image
 from moe_core.config import ClassifierConfig, EmbeddedDataConfig
 from moe_core.data import embedded
 from moe_core.errors import DataError, EvaluationError
-from moe_core.metrics import fid, scene_scorers, set_distance
+from moe_core.metrics import fid, likeness, scene_scorers, set_distance
 from moe_core.metrics.classifier import DigitClassifier, train_classifier
 from moe_core.metrics.scorer import MissingAsset, Prompt, Row, Sample, ScorerSpec
 
 SCENES = EmbeddedDataConfig(
     samples=10, kinds=("single_object", "two_object", "counting", "position"), generator_share=0.4
 )
-SPECS = {spec.name: spec for spec in scene_scorers.SPECS}
+SPECS = {spec.name: spec for spec in (*scene_scorers.SPECS, likeness.SPEC)}
 CPU = torch.device("cpu")
 
 
@@ -123,22 +123,27 @@ def test_features_give_the_fid_that_torchmetrics_gives(judge: Path, classifier: 
     assert set_distance.frechet_distance(rows[:60], rows[60:]) == pytest.approx(known, rel=1e-2)
 
 
-def test_fidelity_is_best_for_the_reference_itself(judge: Path):
+def test_likeness_is_best_for_the_reference_itself(judge: Path):
     samples = [Sample(s.prompt, 0, s.image, s.image) for s in _real(3)]
-    for row in _score("fidelity", judge, samples):
-        assert row == {
-            "psnr": pytest.approx(58.92, abs=0.01),
-            "ssim": pytest.approx(1),
-            "feature_distance": pytest.approx(0, abs=1e-9),
-            "rmse": 0,
-        }
-    black = Image.new("RGB", (16, 16))
-    (row,) = _score("fidelity", judge, [Sample(samples[0].prompt, 0, black, samples[0].image)])
+    for row in _score("similarity", judge, samples):
+        assert row == {"psnr": pytest.approx(58.92, abs=0.01), "ssim": pytest.approx(1), "rmse": 0}
+    for row in _score("scene_distance", judge, samples):
+        assert row == {"feature_distance": pytest.approx(0, abs=1e-9)}
+    black = [Sample(samples[0].prompt, 0, Image.new("RGB", (16, 16)), samples[0].image)]
+    (row,) = _score("similarity", judge, black)
     rmse = float(np.sqrt((np.asarray(samples[0].image, np.float64) ** 2).mean()) / 255)
     assert row["rmse"] == pytest.approx(rmse)
     assert row["psnr"] == pytest.approx(-20 * np.log10(rmse))
     assert row["ssim"] < 0.95
+    (row,) = _score("scene_distance", judge, black)
     assert row["feature_distance"] > 0.01
+
+
+def test_similarity_is_of_any_pictures_and_without_a_judge():
+    (row,) = _score(
+        "similarity", None, [Sample(Prompt("p", "a cat"), 0, *(Image.new("RGB", (30, 30), c) for c in ("red", "blue")))]
+    )
+    assert row["rmse"] == pytest.approx((2 / 3) ** 0.5)
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -179,7 +184,8 @@ def test_wrong_pictures_are_named(judge: Path):
         _score("scenes", judge, [Sample(prompt, 0, small), Sample(prompt, 1, large)])
     with pytest.raises(DataError, match="multiple of 16"):
         _score("scene_features", judge, [Sample(prompt, 0, Image.new("RGB", (24, 24)))])
-    with pytest.raises(EvaluationError, match="prompt p7, picture 3"):
-        _score("fidelity", judge, [Sample(prompt, 3, small)])
+    for name in ("similarity", "scene_distance"):
+        with pytest.raises(EvaluationError, match="prompt p7, picture 3"):
+            _score(name, judge, [Sample(prompt, 3, small)])
     with pytest.raises(DataError, match="include"):
         _score("scenes", judge, [Sample(Prompt("p", "a seven"), 0, small)])

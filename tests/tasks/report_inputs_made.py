@@ -14,13 +14,16 @@ import numpy as np
 import pandas as pd
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
 from moe_core.config import Params, parse
+from moe_core.metrics.scene_scorers import FEATURES_FILE
 
 MODELS = ("teacher", "shared", "L", "M", "S", "XS")
 PROMPTS = 12
 STEPS = 20
+SEEN = {"rising": True, "blind_to_swap": None} | {kind: [0.9, 0.8, 0.7, 0.7, 0.2] for kind in ("blur", "noise", "swap")}
 ACCURACY = dict(zip(MODELS, (0.965, 0.90, 0.945, 0.92, 0.87, 0.81), strict=True))
 ACTIVATED = dict(zip(MODELS, (1_903_424, 905_216, 1_012_480, 861_184, 733_952, 611_072), strict=True))
 GROUPS = {
@@ -42,7 +45,12 @@ def write_inputs(root: Path) -> None:
     rng = np.random.default_rng(0)
     for index, model in enumerate(MODELS):
         _write(root / "data" / "evaluations" / f"{model}.json", evaluation(model, index, rng))
-        _pictures(root / "data" / "images" / model, index, rng)
+        _pictures(root / "data" / "images" / model / "own", root / "data" / "evaluations" / model, index, rng)
+    save_file({"features": rng.normal(size=(40, 4))}, _inside(root / "data" / "evaluator") / FEATURES_FILE)
+    _write(
+        root / "reports" / "sanity.json",
+        {"pictures": 10, "measures": {"exact": SEEN, "psnr": SEEN | {"blind_to_swap": "does not read the prompt"}}},
+    )
     for stage in ("teacher", "shared_expert_kd", "moe_kd", *(f"mob_kd-{level}" for level in GROUPS)):
         summary: dict[str, Any] = {"stage": stage, "fingerprint": "0123456789ab", "metrics": {"steps": 150}}
         if stage.startswith("mob_kd-"):
@@ -150,6 +158,16 @@ def evaluation(model: str, index: int, rng: np.random.Generator) -> Mapping[str,
         "expert_use_by_timestep": {layer: shares.round(4).tolist() for layer, shares in by_step.items()},
         "block_use": {group: shares.mean(0).round(4).tolist() for group, shares in blocks.items()},
         "block_use_by_timestep": {group: shares.round(4).tolist() for group, shares in blocks.items()},
+        "suites": {
+            "own": {
+                "prompts": PROMPTS,
+                "measures": {
+                    "exact": {"value": accuracy, "low": accuracy - 0.04, "high": accuracy + 0.02, "count": PROMPTS},
+                    "scene_fid": {"value": 3.1, "low": 1.4, "high": 4.8, "count": PROMPTS},
+                },
+                "not_measured": {"clip_score": "clip_score needs CLIP; fetch it"},
+            }
+        },
     }
 
 
@@ -166,22 +184,41 @@ def curve(rng: np.random.Generator, with_distill: bool) -> pd.DataFrame:
     return both
 
 
-def _pictures(folder: Path, index: int, rng: np.random.Generator) -> None:
+def _inside(folder: Path) -> Path:
     folder.mkdir(parents=True)
+    return folder
+
+
+def _pictures(folder: Path, told: Path, index: int, rng: np.random.Generator) -> None:
+    folder.mkdir(parents=True)
+    told.mkdir(parents=True)
+    rows = []
     lines = []
     digits = load_digits().images
     for number in range(PROMPTS):
         shape = np.zeros((16, 16, 3))
         shape[4:12, 4:12, number % 3] = digits[number] * 15
         noise = rng.normal(0, 6 * index, (16, 16, 3))
-        Image.fromarray(np.clip(shape + noise, 0, 255).astype(np.uint8)).save(folder / f"{number:05d}.png")
+        Image.fromarray(np.clip(shape + noise, 0, 255).astype(np.uint8)).save(folder / f"{number:05d}-00.png")
         tag = ("single_object", "colors")[number % 2]
         prompt = f"a {('red', 'green', 'blue')[number % 3]} digit {number % 10}"
         correct = bool(rng.uniform() < ACCURACY[MODELS[index]])
         lines.append(
-            json.dumps({"index": number, "file": f"{number:05d}.png", "tag": tag, "prompt": prompt, "correct": correct})
+            json.dumps(
+                {"index": number, "file": f"own/{number:05d}-00.png", "tag": tag, "prompt": prompt, "correct": correct}
+            )
         )
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.append(
+            {"id": f"{number:05d}", "kind": tag, "index": 0, "scenes.exact": correct, "scenes.geneval": correct}
+            | {"scene_features.features": rng.normal(size=4).tolist()}
+        )
+    (told / "pictures.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pd.DataFrame(rows).to_parquet(told / "own.pictures.parquet", index=False)
+    prompts = [
+        {"id": row["id"], "kind": row["kind"], "prompt": json.loads(line)["prompt"]}
+        for row, line in zip(rows, lines, strict=True)
+    ]
+    pd.DataFrame(prompts).to_parquet(told / "own.prompts.parquet", index=False)
 
 
 def _write(path: Path, content: object) -> None:

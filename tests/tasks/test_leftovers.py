@@ -16,8 +16,13 @@ MODELS = ("teacher", "shared", "L", "M")
 def checkout(tmp_path: Path) -> Path:
     """A checkout in which an experiment with the levels M and XS has run."""
     for model in (*MODELS, "XS"):
-        files = [f"data/images/{model}/prompts.jsonl", f"data/evaluations/{model}.json"]
-        files += [f"reports/stages/evaluate-{model}.json"]
+        files = [
+            f"data/images/{model}/own/00000-00.png",
+            f"data/evaluations/{model}.json",
+            f"data/inspections/{model}.json",
+        ]
+        files += [f"data/evaluations/{model}/pictures.jsonl"]
+        files += [f"reports/stages/evaluate-{model}.json", f"reports/stages/generate-{model}.json"]
         if model in ("M", "XS"):
             files += [f"data/checkpoints/mob/{model}/config.json"]
             files += [f"reports/stages/mob_kd-{model}.json", f"reports/curves/mob_kd-{model}.csv"]
@@ -48,8 +53,11 @@ def test_they_alone_are_removed(checkout: Path) -> None:
     gone = before - {path for path in checkout.rglob("*") if path.is_file()}
     assert {path.relative_to(checkout).as_posix() for path in gone} == {
         "data/checkpoints/mob/XS/config.json",
-        "data/images/XS/prompts.jsonl",
+        "data/images/XS/own/00000-00.png",
+        "data/inspections/XS.json",
         "data/evaluations/XS.json",
+        "data/evaluations/XS/pictures.jsonl",
+        "reports/stages/generate-XS.json",
         "reports/stages/evaluate-XS.json",
         "reports/stages/mob_kd-XS.json",
         "reports/curves/mob_kd-XS.csv",
@@ -57,7 +65,7 @@ def test_they_alone_are_removed(checkout: Path) -> None:
         "reports/studies/old/study.md",
         "reports/stages/study-old.json",
     }
-    assert len(removed) == 10
+    assert len(removed) == 13
     assert (checkout / "cache").is_dir()
     leftovers.check(checkout, MODELS)
     assert leftovers.remove(checkout, MODELS, ("new",)) == []

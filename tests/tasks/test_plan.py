@@ -15,14 +15,15 @@ import pytest
 import torch
 import yaml
 
-from moe_core import accounting, sampling, small_flux
+from moe_core import accounting, pipelines, sampling, small_flux
 from moe_core.config import OptimizerConfig, Params, StudyConfig, parse
 from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import ConfigError
 from moe_core.memory import LiveMemory, parameters_and_buffers
 from tasks import command, importance, latency, plan, source, training
-from tasks.generation import Generator, Unit
+from tasks.generate import source_of
+from tasks.inspection import Inspector
 from tasks.params import compose
 from tasks.phase import Phase
 from tasks.plan_costs import Costs, StageCost
@@ -91,8 +92,8 @@ def planned(small: Params) -> dict[str, StageCost]:
         costs.distillation("shared_expert_kd", kd.shared_expert, costs.configs["shared"]),
         costs.distillation("moe_kd", kd.moe, costs.configs["L"]),
         costs.distillation("mob_kd@M", kd.mob, costs.configs["M"]),
-        costs.evaluation("teacher"),
-        costs.evaluation("L"),
+        costs.generation("teacher"),
+        costs.generation("L"),
         Costs(two_models(small), describe(small.model)).latency(),
     ]
     return {stage.stage: stage for stage in stages}
@@ -144,10 +145,9 @@ def measured(root: Path, small: Params) -> dict[str, int]:
     found["shared_expert_kd"] = stage("shared_expert_kd", "shared_expert", small.kd.shared_expert)
     found["moe_kd"] = stage("moe_kd", "moe", small.kd.moe)
     found["mob_kd@M"] = stage("mob_kd", "mob/M", small.kd.mob, level="M")
-    unit = Unit(list(range(SAMPLES)), ["red seven"] * SAMPLES)
     for name in ("teacher", "L"):
         folder = root / small.models[name].checkpoint
-        found[f"evaluate@{name}"] = peak(partial(_evaluate, root, small, folder, name == "teacher", unit))
+        found[f"generate@{name}"] = peak(partial(_evaluate, root, small, folder, name == "teacher"))
     (root / "data" / "prompts.jsonl").write_text(json.dumps({"prompt": "red seven"}))
     found["latency"] = peak(partial(latency.latency, quiet_stage(root, two_models(small))))
     return found
@@ -165,10 +165,12 @@ def quiet_stage(root: Path, values: Params) -> Any:
     return SimpleNamespace(params=values, root=root, progress=nothing, run=nothing, summary=lambda *given, **more: None)
 
 
-def _evaluate(root: Path, small: Params, folder: Path, dense: bool, unit: Unit) -> None:
-    generator = Generator(root, small, folder, dense)
-    generator.pictures(unit)
-    generator.validation(SAMPLES)
+def _evaluate(root: Path, small: Params, folder: Path, dense: bool) -> None:
+    # One process each in the stage, one after the other.
+    source = source_of(root, small, None if dense else folder)
+    pipelines.paint(pipelines.load(source, CPU), ["red seven"] * SAMPLES, range(SAMPLES), source.arguments or {})
+    gc.collect()
+    Inspector(root, small, folder, dense).validation()
 
 
 @pytest.mark.slow
@@ -349,7 +351,7 @@ def test_a_study_takes_what_its_runs_take(small: Params) -> None:
     stage = small.kd.moe.model_copy(update={"optimizer": optim, "validate_every": 2})
     costs = Costs(small, teacher)
     training = costs.distillation("moe_kd", stage, costs.configs["L"])
-    pictures = costs.evaluation("L").flops * 8 / small.eval.prompts
+    pictures = costs.generation("L").flops * 8 / small.eval.prompts
     assert found.stage == "study_runs@some"
     assert found.work == "4 trainings, 30 steps of 16; pictures"
     assert found.flops == pytest.approx(2 * (training.flops * 1.5 + 2 * pictures))

@@ -148,8 +148,9 @@ def test_page_and_markdown_show_the_same_table(built: Path) -> None:
         ("reports/stages/evaluator.json", "evaluator"),
         ("reports/stages/mob_kd-XS.json", "mob_kd@XS"),
         ("reports/curves/moe_kd.csv", "moe_kd"),
-        ("data/images/shared/prompts.jsonl", "evaluate@shared"),
-        ("data/images/L/00003.png", "evaluate@L"),
+        ("data/evaluations/shared/pictures.jsonl", "evaluate@shared"),
+        ("reports/sanity.json", "sanity"),
+        ("data/images/L/own/00003-00.png", "evaluate@L"),
         ("data/importance/block_change.json", "importance"),
         ("data/shards/manifest.json", "shard"),
     ],
@@ -170,9 +171,9 @@ def test_a_malformed_input_is_named_with_its_key(root: Path) -> None:
 
 
 def test_models_with_other_prompts_are_refused(root: Path) -> None:
-    path = root / "data" / "images" / "M" / "prompts.jsonl"
+    path = root / "data" / "evaluations" / "M" / "pictures.jsonl"
     path.write_text(path.read_text().replace("a red digit 0", "a red digit 9"))
-    with pytest.raises(DataError, match=r"data/images/M/prompts\.jsonl has other prompts"):
+    with pytest.raises(DataError, match=r"data/evaluations/M/pictures\.jsonl has other prompts"):
         load(root, made.params(), EMPTY)
 
 
@@ -186,7 +187,7 @@ def test_latency_must_cover_every_model(root: Path) -> None:
 
 def test_prompts_cannot_break_out_of_the_page(root: Path) -> None:
     for model in made.MODELS:
-        path = root / "data" / "images" / model / "prompts.jsonl"
+        path = root / "data" / "evaluations" / model / "pictures.jsonl"
         path.write_text(path.read_text().replace("a red digit 0", '<script>alert(1)</script>\\" | x'))
     report.build(root, made.params(), EMPTY)
     html, markdown = ((root / "reports" / name).read_text() for name in ("index.html", "report.md"))
@@ -271,7 +272,7 @@ def test_pictures_that_nobody_judged_have_no_accuracy(root: Path) -> None:
         report.build(root, params, EMPTY)
     for path in (root / "data" / "evaluations").glob("*.json"):
         change(path, judged=None)
-    for path in (root / "data" / "images").glob("*/prompts.jsonl"):
+    for path in (root / "data" / "evaluations").glob("*/pictures.jsonl"):
         lines = [
             json.dumps(json.loads(line) | {"tag": "caption", "correct": None}) for line in path.read_text().splitlines()
         ]
@@ -280,8 +281,8 @@ def test_pictures_that_nobody_judged_have_no_accuracy(root: Path) -> None:
     report.build(root, params, EMPTY)
     page, markdown = (outputs(root)[f"reports/{name}"].decode() for name in ("index.html", "report.md"))
     assert all("Nobody judged the pictures" in text for text in (page, markdown))
-    assert not any(text in page for text in ("FID ↓", 'class="right"', "Accuracy by kind"))
-    assert not any(text in markdown for text in ("| FID", "Accuracy"))
+    assert not any(text in page for text in ("<th>FID ↓", 'class="right"', "Accuracy by kind"))
+    assert not any(text in markdown for text in ("| ÷ teacher | FID", "Accuracy"))
     assert [len(row) for row in markdown_rows(root).values()] == [8] * 6
 
 
@@ -300,7 +301,8 @@ def test_the_sparse_model_is_held_against_ffns_cut_to_its_active_width(
     change(root / "reports" / "latency.json", models=latency | {"cut": latency["S"], "wide": latency["S"]})
     own = json.loads((root / "data" / "evaluations" / "S.json").read_text())
     for name in ("cut", "wide"):
-        shutil.copytree(root / "data" / "images" / "S", root / "data" / "images" / name)
+        for place in ("images", "evaluations"):
+            shutil.copytree(root / "data" / place / "S", root / "data" / place / name)
         (root / "data" / "evaluations" / f"{name}.json").write_text(json.dumps({**own, "kd_loss": loss}))
         for part in ("stages", "curves"):
             for file in (root / "reports" / part).glob("moe_kd.*"):
@@ -316,7 +318,8 @@ def test_a_baseline_is_a_row_but_no_level(root: Path) -> None:
     params = made.params()
     lite = params.models["S"].model_copy(update={"checkpoint": "data/baselines/lite"})
     params = params.model_copy(update={"models": {**params.models, "lite": lite}})
-    shutil.copytree(root / "data" / "images" / "S", root / "data" / "images" / "lite")
+    for place in ("images", "evaluations"):
+        shutil.copytree(root / "data" / place / "S", root / "data" / place / "lite")
     own = json.loads((root / "data" / "evaluations" / "S.json").read_text())
     # Its loss is out of the levels' order, and no finding about levels minds.
     own |= {

@@ -16,7 +16,7 @@ from moe_core.config import Params, parse
 from moe_core.errors import ConfigError, DataError, TrainingError
 from moe_core.transformer import FluxMoETransformer2DModel
 from tasks import study, study_arms
-from tasks.generation import Generator
+from tasks.inspection import Inspector
 from tasks.params import compose
 from tasks.phase import NOTES, PRODUCT
 from tasks.study_arms import Run
@@ -57,12 +57,12 @@ def small() -> Params:
 def root(tmp_path_factory: pytest.TempPathFactory, small: Params) -> Path:
     """A checkout with what the runs read."""
     folder = checkout_with_importance(tmp_path_factory.mktemp("checkout"), small)
-    pictures = folder / "data" / "images" / "teacher"
+    pictures = folder / "data" / "images" / "teacher" / "own"
     pictures.mkdir(parents=True)
     lines = []
     for number in range(PROMPTS + 1):
         lines.append(json.dumps({"tag": "single_object", "prompt": "red seven", "include": []}) + "\n")
-        Image.fromarray(np.full((16, 16, 3), 40 * number, np.uint8)).save(pictures / f"{number:05d}.png")
+        Image.fromarray(np.full((16, 16, 3), 40 * number, np.uint8)).save(pictures / f"{number:05d}-00.png")
     (folder / "data" / "prompts.jsonl").write_text("".join(lines))
     return folder
 
@@ -241,7 +241,7 @@ def test_every_run_is_measured_with_the_experiments_seed(root: Path, small: Para
     found = make(root, tmp_path, small, run)["result"]
     compute = small.compute.model_copy(update={"num_workers": 0})
     model = tmp_path / run.fingerprint / study_arms.PHASE / PRODUCT
-    generator = Generator(root, small.model_copy(update={"compute": compute}), model, False)
-    assert found["measures"]["kd_loss"] == generator.validation(small.eval.batch_size)["distill"]
+    inspector = Inspector(root, small.model_copy(update={"compute": compute}), model, dense=False)
+    assert found["measures"]["kd_loss"] == inspector.validation()["distill"]
     # The curve's noise is the run's.
     assert found["curve"][-1][1] != found["measures"]["kd_loss"]
