@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,12 @@ from numpy.typing import NDArray
 from moe_core import sampling
 from moe_core.compiling import compile_blocks
 from moe_core.errors import CheckpointError, EvaluationError
+from moe_core.pipeline_source import PipelineSource
 from moe_core.text_encoding import LOADING, text_length
 from moe_core.transformer import FluxMoETransformer2DModel
 
 NEEDED = ("prompt", "generator", "output_type")
 """What a text-to-image pipeline's call takes at least."""
-
-
-@dataclass(frozen=True)
-class PipelineSource:
-    """Where a pipeline lies, and how it is called."""
-
-    place: str
-    """folder or hub id"""
-    transformer: Path | None = None
-    """that takes the place of the pipeline's own"""
-    precision: str = "fp32"
-    """of `sampling.DTYPES`"""
-    arguments: Mapping[str, Any] | None = None
-    """of its call: `num_inference_steps`, `guidance_scale`, `height`, `width`, `max_sequence_length`"""
-    expert_backend: str | None = None
-    """of a sparse transformer; None leaves it as it is"""
-    compile: bool = False
-    """a FLUX transformer's blocks go through torch.compile"""
 
 
 def load(source: PipelineSource, device: torch.device) -> DiffusionPipeline:

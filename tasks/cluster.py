@@ -7,6 +7,7 @@ before it loads anything else (`Early`), and has a worker's process started whil
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -35,7 +36,7 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     main = threading.current_thread() is threading.main_thread()
-    on_termination = signal.getsignal(signal.SIGTERM)
+    on_termination, as_it_was = signal.getsignal(signal.SIGTERM), _disposition(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     namespace = f"dense2moe-{stage.replace('@', '-')}-{os.getpid()}"
     if address:
@@ -59,9 +60,11 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
         os.environ.update(own_head(code_root()))
         needed = max(compute.num_workers, 1) * compute.cpus_per_worker
         _start_private(max(os.cpu_count() or 1, needed), namespace)
+    # Ray's handlers would abort this process at once; ours closes the stage's run and, here, Ray.
     if main:
-        # Ray's handlers would abort this process at once; ours closes the stage's run and, here, Ray.
         signal.signal(signal.SIGTERM, on_termination)
+    else:
+        _restore(signal.SIGTERM, as_it_was)
     try:
         check_size(compute)
         yield
@@ -109,6 +112,19 @@ class Early:
         except BaseException as error:  # noqa: BLE001 - raised where the stage waits for Ray
             self._error = error
             self._up.set()
+
+
+def _disposition(number: int) -> ctypes.Array[ctypes.c_char]:
+    """What this process does on a signal, as the C library has it: Python itself sets it from the main thread alone."""
+    # Larger than `struct sigaction` is anywhere; nobody looks inside.
+    kept = ctypes.create_string_buffer(512)
+    ctypes.CDLL(None).sigaction(number, None, kept)
+    return kept
+
+
+def _restore(number: int, disposition: ctypes.Array[ctypes.c_char]) -> None:
+    """From any thread."""
+    ctypes.CDLL(None).sigaction(number, disposition, None)
 
 
 def _nothing() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from moe_core.config import Params
-from moe_core.pipelines import PipelineSource
+from moe_core.pipeline_source import PipelineSource
 from tasks import generation, inspection, outs, suites
 from tasks.places import DENSE, IMAGES, INSPECTIONS, TEACHER
 from tasks.stage import Stage, execute, workers

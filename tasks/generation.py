@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from moe_core.config import ComputeConfig
-from moe_core.pipelines import PipelineSource
+from moe_core.pipeline_source import PipelineSource
 from tasks.actors import actors
 from tasks.progress import Told
 from tasks.suites import Picture

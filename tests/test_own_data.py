@@ -84,6 +84,10 @@ def test_a_flux_preset_ends_with_a_report_in_which_nobody_judged(tmp_path: Path)
         assert own["judged"] is None
         assert (own["teacher_distance"] == 0) == (own["kd_loss"] == 0) == (model == "teacher")
         assert len(list((checkout / "data" / "images" / model / "own").glob("*.png"))) == 3
+        # The teacher is what others are compared with, and there is nobody else to ask.
+        suite = own["suites"]["own"]
+        assert suite["measures"].keys() == (set() if model == "teacher" else {"psnr", "ssim", "rmse"})
+        assert ("similarity" in suite["not_measured"]) == (model == "teacher")
     rows = (checkout / "reports" / "report.md").read_text()
     assert "Nobody judged" in rows
     assert "PSNR to the teacher" in rows

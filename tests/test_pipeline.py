@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_stands_and_is_logged(checkout: Path) -> None:
     assert (checkout / "reports" / "index.html").stat().st_size > 10_000
-    assert {file.stem for file in (checkout / "data" / "evaluations").glob("*.json")} == set(MODELS)
+    for folder in ("evaluations", "inspections"):
+        assert {file.stem for file in (checkout / "data" / folder).glob("*.json")} == set(MODELS)
+    for model in MODELS:
+        told = json.loads((checkout / "data" / "evaluations" / f"{model}.json").read_text())["suites"]["own"]
+        assert {"exact", "scene_fid", "clip_score"} <= told["measures"].keys()
+        assert ("psnr" in told["measures"]) == (model != "teacher")
+        assert len(list((checkout / "data" / "images" / model / "own").glob("*.png"))) == 20
+    assert "psnr" in json.loads((checkout / "reports" / "sanity.json").read_text())["measures"]
     with Repo(str(checkout)) as repo:
         stages = {stage.name.replace("@", "-") for stage in repo.index.stages}
     assert stages <= set(metrics_frame(checkout)["stage"]) | {"report"}
@@ -78,7 +86,7 @@ def test_a_second_repro_does_nothing(checkout: Path) -> None:
 
 
 def test_checkout_brings_the_outs_back(checkout: Path) -> None:
-    outs = [checkout / "data" / name for name in ("teacher", "checkpoints", "shards", "images")]
+    outs = [checkout / "data" / name for name in ("teacher", "checkpoints", "shards", "images", "evaluations")]
     for out in outs:
         shutil.rmtree(out)
     dvc(checkout, "checkout")

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def measure(
     began = time.perf_counter()
     run("compiled")
     first = time.perf_counter() - began
-    times = timing.in_turn({way: lambda way=way: run(way) for way in steps}, CPU, rounds=rounds)
+    times = timing.in_turn({way: partial(run, way) for way in steps}, CPU, rounds=rounds)
     plain, compiled = (times[way]["median_s"] for way in ("plain", "compiled"))
     spent, won = first - compiled, plain - compiled
     return {

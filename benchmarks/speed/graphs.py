@@ -59,9 +59,9 @@ class Graphs:
         ) -> tuple[Tensor, Tensor]:
             size = len(hidden_states)
             if size not in self._buffers:
-                kept = [t.clone() for t in (hidden_states, encoder_hidden_states, temb)]
                 rotary = image_rotary_emb and (image_rotary_emb[0].clone(), image_rotary_emb[1].clone())
-                self._buffers[size] = _Buffers(*kept, rotary)
+                image, text = hidden_states.clone(), encoder_hidden_states.clone()
+                self._buffers[size] = _Buffers(image, text, temb.clone(), rotary)
             buffers = self._buffers[size]
             _take(buffers, hidden_states, encoder_hidden_states, temb)
             if size not in replays:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_core import pipelines
 from moe_core.errors import CheckpointError, EvaluationError
-from moe_core.pipelines import PipelineSource
+from moe_core.pipeline_source import PipelineSource
 from tests.moe_core.other_pipelines import CAPTIONS, save_pixart, save_stable_diffusion
 from tests.moe_core.tiny_pipeline import tiny_pipeline
 

@@ -30,7 +30,7 @@ with Early("first@L", ComputeConfig(num_workers=1, cpus_per_worker=1, checkpoint
     # Long past the joining: what started Ray must not have ended in the meantime.
     time.sleep(3)
     print(sorted(p.name() for p in parts if p.is_running() and p.status() != psutil.STATUS_ZOMBIE))
-    print(ray.get(ray.remote(sum).remote([1, 2])), ray.get_runtime_context().namespace.startswith("dense2moe-first-L-"))
+    print(ray.get(ray.remote(lambda: 3).remote()), ray.get_runtime_context().namespace.startswith("dense2moe-first-L-"))
 print(ray.is_initialized(), [p.name() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE])
 """
 STAGE = """
@@ -41,11 +41,16 @@ def body(stage):
     if sys.argv[1] == "error":
         raise DataError("data/set is empty; it must have a sample")
     if sys.argv[1] == "term":
+        # Not before Ray has put a handler of its own where the stage's was.
+        stage.early_ray.joined()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     with stage.ray():
         import ray
-        stage.summary({"three": ray.get(ray.remote(sum).remote([1, 2]))})
+        if sys.argv[1] == "term in ray":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        stage.summary({"three": ray.get(ray.remote(lambda: 3).remote())})
 execute("first", body, joins=lambda params: True)
 """
 
@@ -82,12 +87,14 @@ def test_a_private_ray_stays_up_after_the_joining_and_ends_with_the_stage(tmp_pa
     assert others == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
         ("well", 0, ""),
         ("error", 2, "first: data/set is empty; it must have a sample"),
         ("term", 128 + signal.SIGTERM, ""),
+        ("term in ray", 128 + signal.SIGTERM, ""),
     ],
 )
 def test_a_stage_leaves_no_process_however_early_it_ends(project: Path, how: str, code: int, said: str) -> None:

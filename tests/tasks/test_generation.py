@@ -29,7 +29,7 @@ from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import CheckpointError, EvaluationError
 from moe_core.metrics.scorer import Prompt
-from moe_core.pipelines import PipelineSource
+from moe_core.pipeline_source import PipelineSource
 from tasks import generation, inspection
 from tasks.inspection import Inspector
 from tasks.suites import Picture

@@ -410,7 +410,7 @@ def test_a_study_killed_in_its_middle_keeps_its_runs_and_comes_to_the_same(finis
         assert start(finished, list(command)).wait(600) == 0, (finished / "stage.log").read_text()[-3000:]
 
     try:
-        stage("dvc", "repro", "evaluate@teacher", "evaluator")
+        stage("dvc", "repro", "generate@teacher", "evaluator")
         runs, out = finished / ".resume" / "study_runs", finished / "data" / "studies" / "paper"
         process = start(finished, ["tasks.study_runs", "paper"])
         wait_for(finished, process, lambda: len(list(runs.glob("*/result.json"))) >= 2, "second run")

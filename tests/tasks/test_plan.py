@@ -21,7 +21,7 @@ from moe_core.data.shard_files import LatentRow, write_manifest, write_shard
 from moe_core.data.sources.samples import RejectCount
 from moe_core.errors import ConfigError
 from moe_core.memory import LiveMemory, parameters_and_buffers
-from tasks import command, importance, latency, plan, source, training
+from tasks import command, importance, latency, plan, plan_suites, source, training
 from tasks.generate import source_of
 from tasks.inspection import Inspector
 from tasks.params import compose
@@ -297,6 +297,48 @@ def test_what_fits_and_what_does_not_is_said_by_name_and_number() -> None:
     assert plan.crowded(values, stages) == stages[1:]
     assert plan.crowded(params(), stages) == []
     assert "Whether it fits needs `compute.gpu_memory_gb`" in plan.render(params(), stages)
+
+
+def test_benchmarks_are_planned_picture_by_picture_and_scorer_by_scorer() -> None:
+    flux = ("experiment=flux1-moe-l", "data.path=/tars", "compute=h100x8")
+    own, paper = params(*flux), params(*flux, "eval=paper")
+    teacher = describe(own.model)
+    costs = Costs(paper, teacher)
+    pictures = 30_000 + 553 * 4 + 1065 * 4 + 2400 * 10
+    [dense, sparse] = [costs.generation("teacher"), costs.generation("L")]
+    assert dense.work == f"{own.eval.prompts + pictures} pictures of 28 steps, 8 at once"
+    # What a picture takes is the same; the validation loss is taken once.
+    alone = Costs(own, teacher).generation("L")
+    assert costs.generation("L", benchmarks=False).flops == alone.flops
+    each = alone.flops / own.eval.prompts
+    assert sparse.flops - alone.flops == pytest.approx(pictures * each, rel=0.05)
+    assert sparse.memory == alone.memory
+    scored = {stage.stage: stage for stage in costs.scoring()}
+    assert list(scored) == ["evaluate@teacher", "evaluate@shared", "evaluate@L"]
+    told = scored["evaluate@L"]
+    scorers = "clip_score, image_reward, mps, geneval, dpg, compbench_bvqa, compbench_unidet, compbench_scot"
+    assert told.work == f"{scorers}; {pictures} pictures"
+    # Two FLOPs a parameter and token; of CompBench's pictures three eighths are attributes, which take two questions each.
+    blip = 2 * 0.086e9 * 577
+    found = plan_suites.scoring_flops(paper)
+    assert found["dpg"] == pytest.approx(1065 * 4 * 13.5 * blip)
+    assert found["compbench_bvqa"] == pytest.approx(24_000 * 3 / 8 * 2 * blip)
+    assert told.flops == pytest.approx(sum(found.values()))
+    text = plan.render(paper, [*scored.values(), sparse])
+    hours = told.flops / 1e12 / paper.compute.tflops / 3600
+    row = next(line for line in text.splitlines() if line.startswith("| `evaluate@L` |"))
+    assert float(row.split("|")[4]) == pytest.approx(hours, rel=0.1)
+    assert hours > 0.1
+    assert Costs(own, teacher).scoring() == []
+
+
+def test_a_share_of_a_benchmark_is_planned_as_such() -> None:
+    flux = ("experiment=flux1-moe-l", "data.path=/tars", "eval=paper")
+    whole, part = params(*flux), params(*flux, "eval.suites.mjhq.count=3000")
+    assert plan_suites.more_pictures(whole) - plan_suites.more_pictures(part) == 27_000
+    one, other = plan_suites.scoring_flops(whole), plan_suites.scoring_flops(part)
+    assert {name for name in one if one[name] != other[name]} == {"clip_score", "image_reward", "mps"}
+    assert one["mps"] == pytest.approx(10 * other["mps"])
 
 
 def test_models_of_every_flux_preset_are_the_papers() -> None:
