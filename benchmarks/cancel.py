@@ -3,8 +3,8 @@
     python -m benchmarks.cancel          writes benchmarks/results/cancel.json
 
 Cancelled is a run of the demo's pipeline in a checkout that has the demo's data, on the stack of `make up` (a Prefect and an
-MLflow server, a shared Ray), at a moment at which two evaluations and their Ray workers are alive (an evaluation parameter
-is changed, so that all of them run anew). Three such runs; fails if one takes longer than ten seconds.
+MLflow server, a shared Ray), at a moment at which two Ray workers make pictures (the batch that pictures are made in is
+changed, so that all are made anew). Three such runs; fails if one takes longer than ten seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ RESULTS = Path("benchmarks/results/cancel.json")
 ROUNDS = 3
 LIMIT_S = 10.0
 PATIENCE_S = 300.0
-ACTOR = "ray::Generator"
-"""Title of a process that makes pictures for an evaluation."""
+ACTOR = "ray::Painter"
+"""Title of a process that makes pictures."""
 
 
 def until(done: Callable[[], bool], what: str) -> None:
@@ -85,7 +85,7 @@ def one_round(services: Services, batch_size: int) -> dict[str, float]:
         found = [*below(mine[0].records).values(), *making] if mine else []
         return len(making) >= 2
 
-    until(busy, "two evaluations at once")
+    until(busy, "two workers that make pictures")
     began = time.monotonic()
     state = {"state": {"type": "CANCELLING"}}
     httpx.post(f"{api}/flow_runs/{flow_run}/set_state", json=state, timeout=30).raise_for_status()

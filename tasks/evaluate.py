@@ -38,6 +38,7 @@ def evaluate(name: str, stage: Stage) -> None:
             assets=assets,
             judges=judges,
             progress=stage.progress,
+            is_reference=name == DENSE,
         )
     own = found[0]
     pictures = suites.pictures(own, params.seed)

@@ -103,14 +103,15 @@ def score_suites(
     assets: Mapping[str, str],
     judges: Group,
     progress: Progress,
+    is_reference: bool = False,
 ) -> list[SuiteResult]:
     """Every suite's measures. `images` and `reference` have a folder a suite; `rows` keeps what a killed run has scored.
 
-    A scorer that cannot be loaded here is told in `not_measured`; if none of all can, EvaluationError says why.
+    A scorer that cannot be loaded here is told in `not_measured`; if none of all can, EvaluationError says why. Of the model that
+    others are compared with (`is_reference`) a scorer that compares has nothing to say, which is no fault.
     """
     results: list[SuiteResult] = []
-    # A scorer that compares has nothing to say of the reference model itself: that is no fault of anybody's.
-    is_reference = False
+    compares = False
     for suite in found:
         result = SuiteResult(suite)
         results.append(result)
@@ -118,10 +119,8 @@ def score_suites(
             spec = registry.spec(name)
             why = suite.missing or scoring.unavailable(spec, assets)
             if why is None and spec.needs_reference and reference is None:
-                why, is_reference = (
-                    f"{name} compares with a reference model's pictures; this is that model, or none was named",
-                    True,
-                )
+                why = f"{name} compares with a reference model's pictures; this is that model, or none was named"
+                compares = True
             if why is not None:
                 result.not_measured[name] = why
                 continue
@@ -143,7 +142,7 @@ def score_suites(
             result.tables[name] = table
             result.seconds_a_picture[name] = seconds / len(table)
             _measure(result, spec, table, assets, noise.derive_seed(params.seed, BOOTSTRAP))
-    if not is_reference and not any(result.tables for result in results):
+    if not any(result.tables for result in results) and not (is_reference and compares):
         reasons = "; ".join(why for result in results for why in result.not_measured.values())
         raise EvaluationError(f"no scorer of any suite can be loaded: {reasons}")
     return results

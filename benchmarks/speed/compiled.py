@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.compiled             writes benchmarks/results/compiled-cpu.json; a quarter of an hour
 
-- `demo`: the model and the batch of the demo preset. `middle`: models of `benchmarks.speed.models`, 1,024 wide, one sample. One thread, as
-  `params/compute/local.yaml` has it.
+- `demo`: the model and the batch of the demo preset. `middle`: 1,024 wide, 4 double and 6 single blocks, one sample. One
+  thread, as `params/compute/local.yaml` has it.
 - The compiler's cache on disk is empty: a new machine's first run.
 - `repaid_after`: steps after which what compiling took is won back; null: never.
 """
@@ -37,7 +37,11 @@ DEMO: dict[str, Any] = {
 """`params/model/digits.yaml`"""
 CASES: dict[str, tuple[dict[str, dict[str, Any]], Inputs, int]] = {
     "demo": (models.levels(DEMO, 1, 1, {"M": 0}, 16), Inputs(64, 16, 8), 1),
-    "middle": (models.of_cpu(), Inputs(1, 128, 32), 1),
+    "middle": (
+        models.levels({**models.MIDDLE, "num_layers": 4, "num_single_layers": 6}, 1, 1, {"M": 0}, 96),
+        Inputs(1, 128, 32),
+        1,
+    ),
 }
 """Case -> levels, batch, threads."""
 

@@ -32,6 +32,10 @@ KD = {
 }
 
 
+def suite(prompts: str, path: str | None) -> dict[str, Any]:
+    return {"prompts": prompts, "path": path, "scorers": ["clip_score"]}
+
+
 def cut(ratio: float | None) -> dict[str, Any]:
     return {"method": "diff_pruning", "ratio": ratio, "kd": KD}
 
@@ -210,6 +214,20 @@ def doubles(**groups: int) -> dict[str, Any]:
             "kd.mob.optimizer.batch_size is 64; .* the 3 workers of mob_kd",
         ),
         ({"eval.prompts": 1}, "eval.prompts = 1"),
+        ({"eval.sanity": 201}, "eval: sanity is 201, but prompts is 200; it takes the pictures of so many of them"),
+        (
+            {"eval.suites.own.images_per_prompt": 2},
+            "suites.own is the first: its prompts must be 'own', one picture each",
+        ),
+        ({"eval.suites": {"dpg": suite("dpg", "d")}}, "suites.dpg is the first: its prompts must be 'own'"),
+        ({"eval.suites.too": suite("own", None)}, "suites.too has own prompts, as own has; one suite has them"),
+        ({"eval.suites.a-b": suite("dpg", "d")}, "suites has 'a-b'; a name must be of letters, digits and _ alone"),
+        (
+            {"eval.suites.dpg": suite("dpg", None)},
+            "path is None with prompts 'dpg'; prompts of a benchmark lie at a path",
+        ),
+        ({"eval.suites.own.path": "d"}, "path is d with prompts 'own'"),
+        ({"eval.suites.own.scorers": ["scenes", "scenes"]}, "scorers is .*; each may come once"),
         ({"model.resolution": 18}, "resolution is 18; it must be a multiple of 4"),
         (
             {"kd.moe.optimizer.micro_batch": 7},

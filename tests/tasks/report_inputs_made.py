@@ -36,7 +36,7 @@ GROUPS = {
 def params() -> Params:
     """The committed parameters' structure, with fewer prompts."""
     values = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text(encoding="utf-8"))
-    values["eval"]["prompts"] = PROMPTS
+    values["eval"]["prompts"] = values["eval"]["sanity"] = PROMPTS
     return parse(Params, values)
 
 

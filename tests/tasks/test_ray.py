@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from moe_core.config import ComputeConfig
 from moe_core.errors import ConfigError, TrainingError
-from tasks import cluster, launch, run_training
+from tasks import cluster, launch, ray_settings, run_training
 from tasks.phase import METRICS, NOTES, PRODUCT, Phase
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::ResourceWarning")
@@ -74,14 +74,15 @@ def test_an_error_of_a_worker_arrives_as_itself(tmp_path: Path, phase: Maker, co
 
 
 @pytest.mark.slow
-def test_workers_import_the_code_of_the_worktree_that_runs(tmp_path: Path) -> None:
-    """From a copy of the code elsewhere, private Ray and shared one: never what is installed or in the main checkout."""
+@pytest.mark.parametrize("own", [False, True], ids=["shared head", "the worktree's own head"])
+def test_workers_import_the_code_of_the_worktree_that_runs(tmp_path: Path, own: bool) -> None:
+    """From a copy of the code elsewhere, private Ray and joined one: never what is installed or in the main checkout."""
     root = Path(__file__).resolve().parents[2]
     copy = tmp_path / "worktree"
     for package in ("moe_core", "tasks"):
         shutil.copytree(root / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     script = (
-        "import ray\n"
+        "import sys, ray\n"
         "from moe_core.config import ComputeConfig\n"
         "from tasks import cluster\n"
         "with cluster.connect('where', ComputeConfig(num_workers=1, cpus_per_worker=1, checkpoint_every=1, log_every=1)):\n"
@@ -90,25 +91,32 @@ def test_workers_import_the_code_of_the_worktree_that_runs(tmp_path: Path) -> No
         "        import moe_core, tasks\n"
         "        return moe_core.__file__, tasks.__file__\n"
         "    print('\\n'.join(ray.get(where.remote())))\n"
+        "    print(ray.get_runtime_context().get_runtime_env_string(), file=sys.stderr)\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
     environment["RAY_AUTH_MODE"] = "disabled"
+    address = f"127.0.0.1:{port}"
+    told = {"RAY_ADDRESS": address}
+    if own:
+        # As a flow starts its head: then no stage asks for an environment of its own.
+        told[ray_settings.OWN_HEAD] = ray_settings.serves(address, copy)
     ray = str(Path(sys.executable).with_name("ray"))
     head = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
     head += ["--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    shared = subprocess.Popen(head, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root)
+    started = environment | (ray_settings.own_head(copy) if own else {})
+    shared = subprocess.Popen(head, env=started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root)
     try:
-        for address in (None, f"127.0.0.1:{port}"):
+        for given in ({}, told):
             _until_open(port)
-            told = {"RAY_ADDRESS": address} if address else {}
             done = subprocess.run(
-                [sys.executable, "-c", script], cwd=copy, env=environment | told, capture_output=True, text=True
+                [sys.executable, "-c", script], cwd=copy, env=environment | given, capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr
             assert all(line.startswith(str(copy)) for line in done.stdout.splitlines()), done.stdout
+            assert ("PYTHONPATH" in done.stderr) == (bool(given) and not own)
     finally:
         shared.terminate()
         shared.wait(30)
