@@ -14,9 +14,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from moe_core.small_flux import clip_tokenizer, t5_tokenizer
+from tests.moe_core.tiny_clip import text_config
 
 CAPTIONS = ["a red seven", "two green fours", "a blue nine left of a one"]
 WIDTH = 16
@@ -26,17 +27,7 @@ def save_stable_diffusion(folder: Path, seed: int = 0) -> Path:
     """A UNet with CLIP, as Stable Diffusion 1's; latents of half the side."""
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer(CAPTIONS, 12)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = text_config(tokenizer, WIDTH, 12)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,

@@ -15,7 +15,6 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTextConfig,
     CLIPVisionConfig,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -30,6 +29,7 @@ from moe_core.metrics.geneval_detector import SPEC, GenEvalScorer, Mask2Former, 
 from moe_core.metrics.geneval_verdict import COLOURS, Detection, verdict
 from moe_core.metrics.scorer import MissingAsset, Prompt, Sample
 from moe_core.small_flux import clip_tokenizer
+from tests.moe_core.tiny_clip import text_config
 
 CPU = torch.device("cpu")
 LABELS = ["person", "mouse", "tvmonitor", "dog"]
@@ -84,17 +84,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     ]
     tokenizer = clip_tokenizer(texts, 32)
     config = CLIPConfig(
-        text_config=CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ).to_dict(),
+        text_config=text_config(tokenizer, 32, 32).to_dict(),
         vision_config=CLIPVisionConfig(
             hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
         ).to_dict(),

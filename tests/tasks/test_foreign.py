@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionConfig
 
 from moe_core.config import Params, parse
 from moe_core.errors import CheckpointError, ConfigError, DataError, EvaluationError
@@ -21,6 +21,7 @@ from tasks import foreign
 from tasks.places import EVALUATIONS, IMAGES, PROMPTS, SUITES
 from tasks.scoring import read_picture
 from tests.moe_core.other_pipelines import CAPTIONS, save_pixart, save_stable_diffusion
+from tests.moe_core.tiny_clip import text_config
 
 # NumPy 2 on diffusers' DPM-Solver, which PixArt has.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -32,17 +33,7 @@ OWN = [{"tag": "colors", "include": [{"class": "seven", "count": 1}], "prompt": 
 def save_clip(folder: Path) -> None:
     """A CLIP of random weights that reads the captions' words."""
     tokenizer = clip_tokenizer(CAPTIONS, 12)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = text_config(tokenizer, 16, 12)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
