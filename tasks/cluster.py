@@ -1,7 +1,7 @@
 """Ray for one stage: the cluster that RAY_ADDRESS names, else a private one that ends with the stage.
 
 Half of what a stage takes to its first step is Python's imports, once in the driver and once in a worker. So a stage asks for Ray
-before it loads anything else (`Early`), and has a worker's process started while it imports its own.
+before it loads anything else (`Early`): the processes that Ray starts for whoever joins stand when the workers are asked for.
 """
 
 from __future__ import annotations
@@ -105,8 +105,6 @@ class Early:
     def _hold(self) -> None:
         try:
             with self._connection:
-                # Ray starts a worker process for it, and keeps the process for who comes next.
-                ray.remote(_nothing).options(num_cpus=0).remote()
                 self._up.set()
                 self._over.wait()
         except BaseException as error:  # noqa: BLE001 - raised where the stage waits for Ray
@@ -125,10 +123,6 @@ def _disposition(number: int) -> ctypes.Array[ctypes.c_char]:
 def _restore(number: int, disposition: ctypes.Array[ctypes.c_char]) -> None:
     """From any thread."""
     ctypes.CDLL(None).sigaction(number, disposition, None)
-
-
-def _nothing() -> None:
-    """A task that asks for a process."""
 
 
 def _start_private(cpus: int, namespace: str) -> None:

@@ -18,6 +18,7 @@ from ray.train import Result
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 
 
@@ -36,13 +37,37 @@ class Trainer(ray.train.torch.TorchTrainer):
         return [callback for callback in made if not isinstance(callback, left_out)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        arguments["scaling_policy"] = _Policy(self.scaling_config)
         controller = _Controller(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
 
 
+class _Policy(FixedScalingPolicy):
+    """A fixed number of workers, and no coordinator.
+
+    That is an actor for Ray's autoscaler, which learns from the workers' placement group what it needs. It outlives the stage, and the
+    workers wait until it has loaded Ray's datasets: two seconds of two cores.
+    """
+
+    def _send_resource_request(self) -> None:
+        """Asks nobody."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Asks nobody."""
+
+    def _cancel_resource_request(self) -> None:
+        """Nothing was asked for."""
+
+
 class _Group(WorkerGroup):
     """Workers that know no controller: they would ask it for reported checkpoints, and report none."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:
+        """The job's as it is (`tasks.cluster` put Ray Train's variables there): with one of its own a worker could not take a process
+        that Ray has started already."""
+        return custom_runtime_env
 
     def _init_train_context_on_workers(
         self, workers: list[Worker], sync_actor: Any, train_context_args: dict[str, list[Any]]

@@ -127,7 +127,7 @@ def _execute(name: str, body: Callable[[Stage], None], resumable: bool, joins: C
             from tasks import cluster
 
             early = stack.enter_context(cluster.Early(name, params.compute))
-        # DVC and MLflow load while Ray starts a worker process.
+        # DVC and MLflow load while Ray starts processes for the workers.
         from tasks.fingerprint import identify
         from tasks.resume import ResumeFolder
         from tasks.tracking import StageRun
