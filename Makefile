@@ -22,7 +22,7 @@ test: setup ## every test that is neither slow nor needs a GPU
 slow: setup ## the slow tests, two files at once: the flow and its page, kill -9 of every training stage, the whole pipeline in a clone
 	@$(PY) -m pytest -m "slow and not gpu" -p no:cacheprovider -n 2 --dist loadfile
 
-extras: setup ## what needs packages beside the lock: LoRAs made with PEFT, moments of a byte; in an environment of their own
+extras: setup ## what needs packages beside the lock: LoRAs made with PEFT, spaCy's phrases, moments of a byte; in an environment of their own
 	@sh scripts/extras.sh
 
 lint: setup ## ruff, mypy, import-linter

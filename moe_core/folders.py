@@ -29,6 +29,18 @@ def flush_tree(folder: Path) -> None:
     flush_folder(folder)
 
 
+def meant(place: str, root: Path) -> Path | None:
+    """The folder, there or not, that `place` means as seen from `root`; None if it is a hub id.
+
+    A hub id is `name` or `owner/name`, with no folder of that name here, nor one named as the owner: `data/llava` is a folder
+    that is missing where there is a `data`.
+    """
+    path = root / place
+    owner = Path(place).parts[:-1]
+    is_id = not Path(place).is_absolute() and not place.startswith((".", "~")) and len(owner) < 2
+    return None if is_id and not path.exists() and not (owner and path.parent.exists()) else path
+
+
 def partial(path: Path) -> Path:
     """The folder that becomes `path`, while it is not whole."""
     return path.with_name(f".{path.name}.partial")

@@ -47,8 +47,8 @@ def differences(
             if list(pair[0]["id"]) != list(pair[1]["id"]):
                 raise DataError(f"{ours} and {theirs} have rows of other prompts in suite {suite}")
             real = measures.reference_features(distance, assets)
-            features = [measures.features(table, distance.column) for table in pair]
-            found[distance.name] = aggregate.set_difference(features[0], features[1], real, distance)
+            ours_of, theirs_of = (measures.features(table, distance.column) for table in pair)
+            found[distance.name] = aggregate.set_difference(ours_of, theirs_of, list(pair[0]["id"]), real, distance)
     return found
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from moe_core import folders
 from moe_core.config import Params
 from moe_core.errors import ConfigError, Dense2MoEError
 from tasks import cluster, comparison, generate, generation, measures, outs, scoring, suite_prompts, suites
@@ -36,7 +37,10 @@ RESULT, ASKED, ASKED_PROMPTS = "result.json", "asked.json", "prompts.json"
 def evaluate(root: Path, place: str, out: Path, params: Params, against: str | None) -> dict[str, Any]:
     """Makes the pictures, scores them, and writes `result.json` and tables into `out`; returns the result."""
     # Workers run elsewhere.
-    out, place = out.resolve(), str(Path(place).resolve()) if Path(place).exists() else place
+    out, folder = out.resolve(), folders.meant(place, Path.cwd())
+    if folder is not None and not folder.exists():
+        raise ConfigError(f"{place} is no folder here, and a hub id has the form owner/name")
+    place = str(folder or place)
     source = replace(generate.source_of(root, params, None), place=place)
     _claim(out, source, params)
     if not (root / PROMPTS).is_file():

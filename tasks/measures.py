@@ -126,7 +126,7 @@ def score_suites(
                 continue
             units = scoring.units(
                 spec,
-                _asked(spec, suites.pictures(suite, params.seed)),
+                asked(spec, suites.pictures(suite, params.seed)),
                 images / suite.name,
                 None if reference is None else reference / suite.name,
                 rows / suite.name / name,
@@ -136,8 +136,7 @@ def score_suites(
             try:
                 table, seconds = scoring.run(units, judges, told)
             except MissingAsset as error:
-                # What only loading finds: a hub id that cannot be reached. Ray's error has the worker's as its cause.
-                result.not_measured[name] = str(getattr(error, "cause", None) or error)
+                result.not_measured[name] = scoring.cause(error)
                 continue
             result.tables[name] = table
             result.seconds_a_picture[name] = seconds / len(table)
@@ -148,16 +147,16 @@ def score_suites(
     return results
 
 
-def _asked(spec: ScorerSpec, pictures: Sequence[Picture]) -> list[Picture]:
-    """The pictures whose prompts are of a kind that the scorer measures."""
+def asked(spec: ScorerSpec, pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures whose prompts are of a kind that the scorer measures; raises EvaluationError if there are none."""
     kinds = {kind for measure in spec.measures for kind in measure.kinds}
     all_kinds = bool(spec.set_measures) or any(not measure.kinds for measure in spec.measures)
-    asked = [picture for picture in pictures if all_kinds or picture.prompt.kind in kinds]
-    if not asked:
+    found = [picture for picture in pictures if all_kinds or picture.prompt.kind in kinds]
+    if not found:
         raise EvaluationError(
             f"{spec.name} measures prompts of the kinds {', '.join(sorted(kinds))}; the suite has none"
         )
-    return asked
+    return found
 
 
 def _measure(result: SuiteResult, spec: ScorerSpec, table: pd.DataFrame, assets: Mapping[str, str], seed: int) -> None:
@@ -172,7 +171,7 @@ def _measure(result: SuiteResult, spec: ScorerSpec, table: pd.DataFrame, assets:
             result.kinds[measure.name] = aggregate.by_kind(prompts, measure, seed)
     for distance in spec.set_measures:
         result.values[distance.name] = aggregate.set_estimate(
-            features(table, distance.column), reference_features(distance, assets), distance
+            features(table, distance.column), list(table["id"]), reference_features(distance, assets), distance
         )
 
 

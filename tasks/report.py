@@ -88,6 +88,7 @@ def _values(inputs: Inputs) -> dict[str, Any]:
         "manifest": inputs.manifest,
         "suites": inputs.suites,
         "sights": inputs.sights,
+        "unseen": inputs.unseen,
     }
 
 

@@ -53,6 +53,7 @@ class Sanity(Record):
 
     pictures: int
     measures: dict[str, SeenMeasure]
+    not_measured: dict[str, str]
 
 
 class Evaluation(Record):
@@ -167,6 +168,8 @@ class Inputs:
     manifest: Manifest
     suites: list[SuiteTable]
     sights: list[Sight]
+    unseen: dict[str, str]
+    """scorer -> why its measures are not among the sights"""
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -217,6 +220,7 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
                     f"reports/latency.json has no model {name} at batch size {size};"
                     " stage latency must time every model: dvc repro --force latency"
                 )
+    sanity = _record(Sanity, root / SANITY, "sanity")
     return Inputs(
         params=params,
         models=models,
@@ -230,7 +234,8 @@ def load(root: Path, params: Params, frame: pd.DataFrame) -> Inputs:
         block_change=_record(BlockChange, data / "importance" / "block_change.json", "importance"),
         manifest=_record(Manifest, data / "shards" / "manifest.json", "shard"),
         suites=report_suites.tables(root, params, {name: evaluations[name].suites for name in models}),
-        sights=report_suites.sights(_record(Sanity, root / SANITY, "sanity").measures),
+        sights=report_suites.sights(sanity.measures),
+        unseen=sanity.not_measured,
     )
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from moe_core import noise
 from moe_core.errors import ConfigError
 from moe_core.metrics import aggregate, corruption, registry
-from moe_core.metrics.scorer import Measure, ScorerSpec, SetMeasure
+from moe_core.metrics.scorer import Measure, MissingAsset, ScorerSpec, SetMeasure
 from tasks import measures, outs, scoring, suites
 from tasks.places import DENSE, IMAGES, SANITY
 from tasks.stage import Stage, execute, workers
@@ -43,7 +43,7 @@ def sanity(stage: Stage) -> None:
     assert stage.resume is not None
     params, root = stage.params, stage.root
     if params.eval.sanity is None:
-        outs.write_json(root / SANITY, {"pictures": 0, "measures": {}})
+        outs.write_json(root / SANITY, {"pictures": 0, "measures": {}, "not_measured": {}})
         stage.summary({})
         return
     own = suites.own_suite(root, params.eval)
@@ -55,24 +55,38 @@ def sanity(stage: Stage) -> None:
     clean = root / IMAGES / DENSE / own.name
     cells = corrupted(pictures, clean, stage.resume.path / "pictures")
     found: dict[str, Any] = {}
+    not_measured: dict[str, str] = {}
     assets = scoring.assets_of(params.eval.models, root)
     ray = contextlib.nullcontext() if params.compute.num_workers == 0 else stage.ray()
     with ray, scoring.judges(assets, params.compute) as judges:
         for name in own.config.scorers:
             spec = registry.spec(name)
-            if scoring.unavailable(spec, assets) is not None:
+            if (why := scoring.unavailable(spec, assets)) is not None:
+                not_measured[name] = why
                 continue
             rows, size = stage.resume.path / "rows" / name, params.eval.scoring_batch_size
             units = [
                 unit
                 for cell in cells
                 for unit in scoring.units(
-                    spec, cell.pictures, cell.folder, clean, rows / f"{cell.kind}-{cell.level}", size
+                    spec,
+                    measures.asked(spec, cell.pictures),
+                    cell.folder,
+                    clean,
+                    rows / f"{cell.kind}-{cell.level}",
+                    size,
                 )
             ]
-            table, _ = scoring.run(units, judges, partial(stage.progress.pictures, name))
+            try:
+                table, _ = scoring.run(units, judges, partial(stage.progress.pictures, name))
+            except MissingAsset as error:
+                not_measured[name] = scoring.cause(error)
+                continue
             found |= values(spec, table, cells, assets, noise.derive_seed(params.seed, measures.BOOTSTRAP))
-    outs.write_json(root / SANITY, {"pictures": len(pictures), "levels": strengths(), "measures": found})
+    outs.write_json(
+        root / SANITY,
+        {"pictures": len(pictures), "levels": strengths(), "measures": found, "not_measured": not_measured},
+    )
     seen = {
         f"{name}_{kind}_steps": worse_steps(m[kind], m["rising"])
         for name, m in found.items()
@@ -129,7 +143,7 @@ def _mean(measure: Measure, seed: int, part: pd.DataFrame) -> float:
 
 
 def _distance(measure: SetMeasure, real: np.ndarray, part: pd.DataFrame) -> float:
-    return aggregate.set_estimate(measures.features(part, measure.column), real, measure).value
+    return aggregate.set_estimate(measures.features(part, measure.column), list(part["id"]), real, measure).value
 
 
 def _levels(value: Callable[[pd.DataFrame], float], parts: Mapping[tuple[str, int], pd.DataFrame]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from moe_core import folders
 from moe_core.config import ComputeConfig
 from moe_core.errors import EvaluationError
 from moe_core.metrics.scorer import MissingAsset, Row, Sample, Scorer, ScorerSpec, check_assets
@@ -153,6 +154,11 @@ def unavailable(spec: ScorerSpec, assets: Mapping[str, str]) -> str | None:
     return None
 
 
+def cause(error: MissingAsset) -> str:
+    """What only loading finds, such as a hub id that cannot be reached: Ray's error has the worker's as its cause."""
+    return str(getattr(error, "cause", None) or error)
+
+
 def run(units: Sequence[Unit], group: Group, told: Told) -> tuple[pd.DataFrame, float]:
     """Scores what has no rows yet; returns the rows of all units, in their order, and the seconds of work."""
     todo = [unit for unit in units if not unit.rows.exists()]
@@ -185,7 +191,7 @@ def units(
 
 def assets_of(models: Mapping[str, str], root: Path) -> dict[str, str]:
     """`eval.models` with folders of the checkout as absolute paths, since workers run elsewhere; hub ids stay."""
-    return {key: str(root / place) if (root / place).exists() else place for key, place in models.items()}
+    return {key: str(folders.meant(place, root) or place) for key, place in models.items()}
 
 
 def rows_by_scorer(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,24 +95,30 @@ def difference(
     return Estimated(value, min(low, value), max(high, value), sum(len(values) for values, _ in pair[0]))
 
 
-def set_estimate(features: Vector, real: Vector, measure: SetMeasure) -> Estimated:
-    """The distance of pictures' features [N, D] to the reference's [M, D], with the jackknife's interval."""
+def set_estimate(features: Vector, prompts: Sequence[str], real: Vector, measure: SetMeasure) -> Estimated:
+    """The distance of pictures' features [N, D] to the reference's [M, D], with the jackknife's interval.
+
+    `prompts`: the prompt's id of each picture; those of one prompt are left out together.
+    """
     statistic = _STATISTICS[measure.statistic]
-    found = set_distance.jackknife(lambda rows: statistic(real, features[rows]), _groups(len(features)))
+    found = set_distance.jackknife(lambda rows: statistic(real, features[rows]), _groups(prompts))
     return Estimated(found.value, found.low, found.high, len(features))
 
 
-def set_difference(ours: Vector, theirs: Vector, real: Vector, measure: SetMeasure) -> Estimated:
-    """Ours less theirs, the same pictures left out of both."""
+def set_difference(
+    ours: Vector, theirs: Vector, prompts: Sequence[str], real: Vector, measure: SetMeasure
+) -> Estimated:
+    """Ours less theirs, the same prompts' pictures left out of both."""
     statistic = _STATISTICS[measure.statistic]
     found = set_distance.jackknife(
-        lambda rows: statistic(real, ours[rows]) - statistic(real, theirs[rows]), _groups(len(ours))
+        lambda rows: statistic(real, ours[rows]) - statistic(real, theirs[rows]), _groups(prompts)
     )
     return Estimated(found.value, found.low, found.high, len(ours))
 
 
-def _groups(count: int) -> NDArray[np.int64]:
-    return set_distance.even_groups(count, min(set_distance.GROUPS, count))
+def _groups(prompts: Sequence[str]) -> NDArray[np.int64]:
+    numbers, found = pd.factorize(np.asarray(prompts))
+    return set_distance.even_groups(len(found), min(set_distance.GROUPS, len(found)))[numbers]
 
 
 _Strata = list[tuple[Vector, Vector]]

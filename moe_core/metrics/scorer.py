@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from moe_core import folders
 from moe_core.errors import DataError, Dense2MoEError, EvaluationError
 
 Row = dict[str, Any]
@@ -144,8 +145,7 @@ def check_assets(spec: ScorerSpec, assets: Mapping[str, str]) -> None:
             raise MissingAsset(
                 f"{spec.name} needs {asset.what}; fetch it and name its folder, or its hub id, in eval.models.{asset.key}"
             )
-        folder = Path(place)
-        if folder.is_absolute() or place.startswith(".") or folder.exists():
+        if (folder := folders.meant(place, Path.cwd())) is not None:
             missing = [file for file in asset.files if not (folder / file).exists()]
             if missing or not folder.exists():
                 raise MissingAsset(

@@ -217,14 +217,30 @@ def test_a_measure_without_prompts_is_named():
 def test_sets_of_features():
     rng = np.random.default_rng(0)
     real, ours, theirs = (rng.normal(shift, size=(60, 4)) for shift in (0.0, 0.4, 0.5))
+    ids = [str(i) for i in range(60)]
     for statistic, distance in (("fid", frechet_distance), ("kid", kernel_distance)):
         measure = SetMeasure("m", "features", statistic, "key", "file")
-        found = aggregate.set_estimate(ours, real, measure)
+        found = aggregate.set_estimate(ours, ids, real, measure)
         assert found.value == pytest.approx(distance(real, ours))
         assert found.low < found.value < found.high
         assert found.count == 60
-        apart = aggregate.set_difference(ours, theirs, real, measure)
+        apart = aggregate.set_difference(ours, theirs, ids, real, measure)
         assert apart.value == pytest.approx(distance(real, ours) - distance(real, theirs))
         assert apart.low < apart.value < apart.high
-        same = aggregate.set_difference(ours, ours, real, measure)
+        same = aggregate.set_difference(ours, ours, ids, real, measure)
         assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_pictures_of_a_prompt_are_left_out_together():
+    rng = np.random.default_rng(1)
+    real, alike = rng.normal(size=(80, 3)), np.repeat(rng.normal(0.5, size=(30, 3)), 4, axis=0)
+    measure = SetMeasure("m", "features", "fid", "key", "file")
+    apart = [str(i) for i in range(120)]
+    # Of every prompt four times the same picture, in an order that puts them far from each other.
+    order = rng.permutation(120)
+    prompts = np.repeat([f"p{i}" for i in range(30)], 4)[order]
+    together = aggregate.set_estimate(alike[order], list(prompts), real, measure)
+    careless = aggregate.set_estimate(alike[order], apart, real, measure)
+    assert together.value == careless.value
+    assert together.high - together.low > 1.3 * (careless.high - careless.low)
+    assert together.count == 120

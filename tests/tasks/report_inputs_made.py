@@ -49,7 +49,11 @@ def write_inputs(root: Path) -> None:
     save_file({"features": rng.normal(size=(40, 4))}, _inside(root / "data" / "evaluator") / FEATURES_FILE)
     _write(
         root / "reports" / "sanity.json",
-        {"pictures": 10, "measures": {"exact": SEEN, "psnr": SEEN | {"blind_to_swap": "does not read the prompt"}}},
+        {
+            "pictures": 10,
+            "measures": {"exact": SEEN, "psnr": SEEN | {"blind_to_swap": "does not read the prompt"}},
+            "not_measured": {"mps": "mps needs a folder"},
+        },
     )
     for stage in ("teacher", "shared_expert_kd", "moe_kd", *(f"mob_kd-{level}" for level in GROUPS)):
         summary: dict[str, Any] = {"stage": stage, "fingerprint": "0123456789ab", "metrics": {"steps": 150}}

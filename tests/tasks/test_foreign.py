@@ -216,6 +216,9 @@ def test_against_a_model_of_other_prompts_or_without_pictures(root: Path, params
 def test_what_is_missing_is_named(root: Path, params: Callable[..., Params]) -> None:
     with pytest.raises(CheckpointError, match=r"clip has no model_index\.json"):
         evaluate(root, "clip", params())
+    for place in ("./no-such-pipeline", "clip/no-such-pipeline", "models/of/mine"):
+        with pytest.raises(ConfigError, match=f"{place} is no folder here"):
+            evaluate(root, place, params())
     (root / "clip" / "model.safetensors").unlink()
     with pytest.raises(
         EvaluationError,

@@ -140,6 +140,12 @@ def test_page_and_markdown_show_the_same_table(built: Path) -> None:
             assert f">{shown}<" in row, f"{model}: {shown}"
 
 
+def test_a_metric_that_was_not_tried_is_named(built: Path) -> None:
+    html, markdown = ((built / "reports" / name).read_text() for name in ("index.html", "report.md"))
+    assert "<strong>mps: not measured.</strong> mps needs a folder" in html
+    assert "**mps: not measured.** mps needs a folder" in markdown
+
+
 @pytest.mark.parametrize(
     ("path", "stage"),
     [

@@ -200,7 +200,9 @@ def test_the_stage_tells_what_each_measure_sees(stage: Any) -> None:
     assert report["pictures"] == COUNT
     assert set(report["levels"]) == set(corruption.KINDS)
     found = report["measures"]
-    # clip_score has no model here.
+    [(scorer, why)] = report["not_measured"].items()
+    assert scorer == "clip_score"
+    assert "eval.models.clip" in why
     assert set(found) == {"roughness", "asked", "psnr", "ssim", "rmse"}
     [summary] = stage.told
     assert summary["asked_swap_steps"] == summary["psnr_blur_steps"] == summary["psnr_noise_steps"] == 4
@@ -234,5 +236,5 @@ def test_it_is_left_out_or_refused(stage: Any) -> None:
         sanity.sanity(stage)
     stage.params = stage.params.model_copy(update={"eval": stage.params.eval.model_copy(update={"sanity": None})})
     sanity.sanity(stage)
-    assert json.loads((stage.root / SANITY).read_text()) == {"pictures": 0, "measures": {}}
+    assert json.loads((stage.root / SANITY).read_text()) == {"pictures": 0, "measures": {}, "not_measured": {}}
     assert stage.told == [{}]
