@@ -53,18 +53,25 @@ def sections(device: torch.device) -> dict[str, Callable[[], Any]]:
             # Last: whether all of it fits one GPU nobody has seen.
             "kd_step": lambda: kd_step.measure(models.of_gpu(), torch.bfloat16, device, Inputs(1, 4096, 512)),
         }
-    precisions = (torch.float32, torch.bfloat16)
+    precisions, every = (torch.float32, torch.bfloat16), models.of_cpu()
     return {
         "layer": lambda: (layer.measure(case, device) for case in layer.cases(device)),
         "models": lambda: [
-            *(models.measure(models.of_cpu(), dtype, device, rounds=3) for dtype in precisions),
-            models.measure(models.of_cpu(), torch.bfloat16, device, skewed=True, rounds=3),
-            models.measure(models.of_cpu(), torch.bfloat16, device, samples=4, image=128, text=32, rounds=3),
+            *(models.measure(every, dtype, device, rounds=3) for dtype in precisions),
+            # Not all of them: ten minutes are the limit.
+            models.measure(_some(every, "dense", "L"), torch.bfloat16, device, skewed=True, rounds=3),
+            models.measure(
+                _some(every, "dense", "L", "XS"), torch.bfloat16, device, samples=4, image=128, text=32, rounds=3
+            ),
         ],
-        "kd_step": lambda: kd_step.measure(models.of_cpu(), torch.float32, device, Inputs(1, 128, 32)),
-        "memory": lambda: memory.measure(models.of_cpu(), device, 64, 16),
+        "kd_step": lambda: kd_step.measure(every, torch.float32, device, Inputs(1, 128, 32)),
+        "memory": lambda: memory.measure(every, device, 64, 16),
         "growth": lambda: growth.measure(device, torch.float32),
     }
+
+
+def _some(configs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: configs[name] for name in names}
 
 
 def _full_size(device: torch.device) -> Iterator[dict[str, Any]]:
