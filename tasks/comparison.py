@@ -34,7 +34,7 @@ def differences(
         raise DataError(
             f"{ours} and {theirs} are of other prompts in suite {suite}; a paired difference needs the same ones"
         )
-    draws = noise.derive_seed(seed, measures.BOOTSTRAP)
+    draws = noise.derive_seed(seed, aggregate.DRAWS)
     found: dict[str, Estimated] = {}
     for name in scorers:
         pair = [of_scorer(table, name) for table in tables]

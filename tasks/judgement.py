@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from moe_core import noise
 from moe_core.config import EmbeddedDataConfig, Params
 from moe_core.data import embedded
 from moe_core.errors import ConfigError
-from moe_core.metrics import fid, geneval, scene_detector
+from moe_core.metrics import aggregate, fid, geneval, scene_detector
 from moe_core.metrics.classifier import DigitClassifier
+from moe_core.metrics.scorer import Measure
 from tasks.places import EVALUATOR
 
-INTERVAL = "95 %, Agresti-Coull within each kind"
+INTERVAL = "bootstrap over prompts"
 REAL_SCENES = 1000
 REFERENCE = f"{REAL_SCENES} scenes of the training data's kind that no model has seen"
 
@@ -60,7 +61,7 @@ def judge(root: Path, params: Params, records: list[dict[str, Any]], images: NDA
     found = scene_detector.detect(images, classifier, scenes.grid)
     correct = [geneval.is_correct(record, seen) for record, seen in zip(records, found, strict=True)]
     score = geneval.aggregate(records, correct)
-    low, high = _interval(score)
+    low, high = _interval(records, correct, params.seed)
     real = _real(scenes, params.seed)
     return Judgement(
         correct=correct,
@@ -73,17 +74,12 @@ def judge(root: Path, params: Params, records: list[dict[str, Any]], images: NDA
     )
 
 
-def _interval(score: dict[str, Any]) -> tuple[float, float]:
-    """Of the overall accuracy.
-
-    Agresti-Coull adds two right and two wrong answers to each kind, so that a kind without a fault does not count as certain.
-    """
-    variance = 0.0
-    for kind, count in score["counts"].items():
-        share = (score["by_kind"][kind] * count + 2) / (count + 4)
-        variance += share * (1 - share) / (count + 4)
-    half = 1.96 * math.sqrt(variance) / len(score["counts"])
-    return max(score["overall"] - half, 0.0), min(score["overall"] + half, 1.0)
+def _interval(records: list[dict[str, Any]], correct: list[bool], run_seed: int) -> tuple[float, float]:
+    """Of the overall accuracy, as the suites' own measures have it."""
+    prompts = pd.DataFrame({"kind": [record["tag"] for record in records], "correct": correct})
+    measure = Measure("accuracy", "correct", over_kinds=True, binary=True)
+    found = aggregate.estimate(prompts, measure, noise.derive_seed(run_seed, aggregate.DRAWS))
+    return found.low, found.high
 
 
 def _real(config: EmbeddedDataConfig, run_seed: int) -> NDArray[np.uint8]:

@@ -24,9 +24,6 @@ from tasks.actors import Group
 from tasks.progress import Progress
 from tasks.suites import Picture, Suite
 
-BOOTSTRAP = "bootstrap"
-"""What the draws of intervals are seeded for; the same for every model, so that differences are paired."""
-
 
 @dataclass
 class SuiteResult:
@@ -140,7 +137,7 @@ def score_suites(
                 continue
             result.tables[name] = table
             result.seconds_a_picture[name] = seconds / len(table)
-            _measure(result, spec, table, assets, noise.derive_seed(params.seed, BOOTSTRAP))
+            _measure(result, spec, table, assets, noise.derive_seed(params.seed, aggregate.DRAWS))
     if not any(result.tables for result in results) and not (is_reference and compares):
         reasons = "; ".join(why for result in results for why in result.not_measured.values())
         raise EvaluationError(f"no scorer of any suite can be loaded: {reasons}")

@@ -82,7 +82,7 @@ def sanity(stage: Stage) -> None:
             except MissingAsset as error:
                 not_measured[name] = scoring.cause(error)
                 continue
-            found |= values(spec, table, cells, assets, noise.derive_seed(params.seed, measures.BOOTSTRAP))
+            found |= values(spec, table, cells, assets, noise.derive_seed(params.seed, aggregate.DRAWS))
     outs.write_json(
         root / SANITY,
         {"pictures": len(pictures), "levels": strengths(), "measures": found, "not_measured": not_measured},

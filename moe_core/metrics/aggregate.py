@@ -2,8 +2,9 @@
 
 - The unit that is drawn again is the prompt: pictures of one prompt are not independent.
 - Percentile bootstrap (Efron 1979); where a measure is the mean of its kinds' means, prompts are drawn within each kind.
-- A column of right and wrong gets two right and two wrong prompts more in each stratum before it is drawn from (Agresti and Coull's
-  "plus four"), since 50 right ones of 50 would give an interval without width. The value itself is left as it is.
+- A column of right and wrong gets two right and two wrong prompts more before it is drawn from (Agresti and Coull's "plus four"), since 50
+  right ones of 50 would give an interval without width. They are four in all, shared out among the kinds: four in each of six would
+  pull the interval so far to the middle that it misses a truth of 0.99 half the time. The value itself is left as it is.
 - A difference draws the same prompts for both models. The four more are of the four possible pairs, so that two models that differ on no
   prompt are not held to be equal for sure (Agresti and Min 2005).
 - Sets of features (FID, KID) have no bootstrap: `moe_core.metrics.set_distance` says why, and makes their jackknife.
@@ -24,6 +25,8 @@ from moe_core.metrics.scorer import Measure, SetMeasure
 
 Vector = NDArray[np.float64]
 
+DRAWS = "bootstrap"
+"""What the draws of intervals are seeded for; the same for every model, so that differences are paired."""
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 _AT_ONCE = 50
@@ -151,12 +154,14 @@ def _resampled(models: list[_Strata], measure: Measure, seed: int, resamples: in
     sums = [np.zeros(resamples) for _ in models]
     for stratum in range(len(models[0])):
         parts = [model[stratum] for model in models]
+        likely = np.ones(len(parts[0][0]))
         if measure.binary:
             parts = [_plus_four(*part, more) for part, more in zip(parts, _FOUR, strict=False)]
-        count = len(parts[0][0])
+            likely = np.concatenate([likely, np.full(4, 1 / len(models[0]))])
+        count = round(likely.sum())
         for first in range(0, resamples, _AT_ONCE):
             at_once = min(_AT_ONCE, resamples - first)
-            times = rng.multinomial(count, np.full(count, 1 / count), size=at_once).astype(np.float64)
+            times = rng.multinomial(count, likely / likely.sum(), size=at_once).astype(np.float64)
             for total, (values, weights) in zip(sums, parts, strict=True):
                 drawn = times @ weights
                 # A draw may hold no prompt that counts; such a one says nothing of the measure.

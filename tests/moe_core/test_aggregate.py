@@ -125,6 +125,23 @@ def test_intervals_hold_the_truth_about_95_times_of_100():
     assert 0.88 <= covered(apart, 0.0) <= 0.99
 
 
+@pytest.mark.parametrize(("share", "each"), [(0.99, 92), (0.9, 33), (0.5, 20), (0.05, 33)])
+def test_intervals_of_a_mean_over_kinds_hold_the_truth_too(share: float, each: int):
+    kinds = [kind for kind in "abcdef" for _ in range(each)]
+    measure = Measure("m", "v", binary=True, over_kinds=True)
+
+    def one(rng: np.random.Generator) -> Estimated:
+        return aggregate.estimate(prompts(rng.random(6 * each) < share, kinds), measure, 0, 400)
+
+    def apart(rng: np.random.Generator) -> Estimated:
+        theirs = rng.random(6 * each) < share
+        ours = np.where(rng.random(6 * each) < 0.2, rng.random(6 * each) < share, theirs)
+        return aggregate.difference(prompts(ours, kinds), prompts(theirs, kinds), measure, 0, 400)
+
+    assert 0.9 <= covered(one, share) <= 0.99
+    assert covered(apart, 0.0) >= 0.9
+
+
 def test_right_on_all_prompts_is_not_sure():
     all_right, none = prompts(np.ones(50)), prompts(np.zeros(50))
     found = aggregate.estimate(all_right, BINARY, 0)
