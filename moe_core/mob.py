@@ -36,6 +36,13 @@ class BlockRouting(NamedTuple):
     """p / stopgrad(p) of the chosen blocks: 1 in value, with the gradient of log p."""
 
 
+class _Projection(nn.Linear):
+    """In its input's precision. A module that is called, as what offloads weights leaf by leaf brings them by hooks on calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class BlockRouter(nn.Module):
     """Eq. 5: the k best of alpha * W_x([x; c]) + (1 - alpha) * W_y y.
 
@@ -63,8 +70,8 @@ class BlockRouter(nn.Module):
         self.active = active
         self.alpha = alpha
         self.contiguous = contiguous
-        self.w_x = nn.Linear(width, num_blocks, bias=False)
-        self.w_y = nn.Linear(conditioning_dim, num_blocks, bias=False)
+        self.w_x = _Projection(width, num_blocks, bias=False)
+        self.w_y = _Projection(conditioning_dim, num_blocks, bias=False)
         for linear in (self.w_x, self.w_y):
             nn.init.normal_(linear.weight, std=init_std)
 
@@ -74,8 +81,7 @@ class BlockRouter(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             tokens_BTD = torch.cat([hidden_states.to(dtype), encoder_hidden_states.to(dtype)], dim=1)
             mean_BD = F.layer_norm(tokens_BTD, tokens_BTD.shape[-1:], eps=1e-6).mean(1)
-            logits_Bm = self.alpha * F.linear(mean_BD, self.w_x.weight.to(dtype))
-            logits_Bm = logits_Bm + (1 - self.alpha) * F.linear(temb.to(dtype), self.w_y.weight.to(dtype))
+            logits_Bm = self.alpha * self.w_x(mean_BD) + (1 - self.alpha) * self.w_y(temb.to(dtype))
             log_probs_Bm = logits_Bm.log_softmax(-1)
         probs_Bm = log_probs_Bm.exp()
         if self.contiguous:

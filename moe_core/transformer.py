@@ -258,7 +258,7 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
             layer.set_top_k(top_k)
 
     def set_expert_backend(self, backend: str) -> None:
-        """Chooses what computes the normal experts: auto, loop, grouped_mm or megablocks. Not saved."""
+        """Chooses what computes the normal experts, one of `backends.BACKENDS`. Not saved."""
         for layer in self._moe_layers():
             layer.backend = backends.check_name(backend)
 

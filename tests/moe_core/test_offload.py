@@ -64,6 +64,24 @@ def test_of_a_group_one_block_at_a_time_is_resident(disk: bool, resident: dict[s
     assert len(predict(model, make_batch(5, seed=1))) == 5
 
 
+@needs_accelerate
+@torch.no_grad()
+def test_leaf_by_leaf_from_disk_the_routers_see_their_weights(tmp_path):
+    model, given = grouped_model(), make_batch(3)
+    expected = predict(model, given)
+    model.enable_group_offload(CPU, CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    torch.testing.assert_close(predict(model, given), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+@torch.no_grad()
+def test_attention_backends_keep_working(backend: str):
+    model, given = grouped_model(), make_batch(3)
+    expected = predict(model, given)
+    model.set_attention_backend(backend)
+    torch.testing.assert_close(predict(model, given), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_groups_and_what_fetches_ahead():
     with pytest.raises(ConfigError, match=r"use_stream is True.*MoB groups"):
         grouped_model().enable_group_offload(CPU, CPU, use_stream=True)
