@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from moe_core.errors import DataError
-from moe_core.metrics.scorer import Asset, Measure, MissingAsset, Row, Sample, ScorerSpec
+from moe_core.metrics.loading import load_model, load_part
+from moe_core.metrics.scorer import Asset, Measure, Row, Sample, ScorerSpec
 
 BATCH = 32
 """Pictures at once."""
@@ -77,25 +78,14 @@ class ClipScorer:
 def load(assets: Mapping[str, str], device: torch.device) -> ClipScorer:
     """From `clip`: a folder or hub id in transformers' format with safetensors.
 
-    Raises MissingAsset where there is no such model, DataError where the folder lacks some of a CLIP model's weights.
+    Raises Unloadable where there is no such model, DataError where it lacks some of a CLIP model's weights.
     """
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     place = assets["clip"]
-    try:
-        model, info = CLIPModel.from_pretrained(
-            place, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="right")
-        image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
-    except OSError as error:
-        raise MissingAsset(
-            f"clip_score: eval.models.clip is {place}, which cannot be loaded ({error}); it must be {SPEC.assets[0].what}"
-        ) from error
-    # transformers leaves what is missing at random, with no more than a line in the log.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise DataError(f"eval.models.clip is {place}, which lacks {len(missing)} of CLIP's weights, as {missing[0]}")
+    model = load_model(CLIPModel, place, "CLIP", dtype=torch.float32)
+    tokenizer = load_part(AutoTokenizer, place, padding_side="right")
+    image_processor = load_part(AutoImageProcessor, place, backend="pil")
     return ClipScorer(model, tokenizer, image_processor, device)
 
 

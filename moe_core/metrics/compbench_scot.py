@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from moe_core.errors import DataError
+from moe_core.metrics.loading import load_model, load_part
 from moe_core.metrics.scorer import Row, Sample
 
 OFFICIAL_NAMES = {"non_spatial": "action", "complex": "complex"}
@@ -109,12 +110,15 @@ class ShareGpt4V:
 
     @classmethod
     def load(cls, folder: str, device: torch.device) -> ShareGpt4V:
-        """From a folder or hub id with safetensors. Half precision on an accelerator, as in the official script."""
+        """From a folder or hub id with safetensors. Half precision on an accelerator, as in the official script.
+
+        Raises Unloadable, or DataError where weights are missing.
+        """
         from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-        model = LlavaForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-        processor = LlavaProcessor.from_pretrained(folder)
+        model = load_model(LlavaForConditionalGeneration, folder, "ShareGPT4V", dtype=dtype)
+        processor = load_part(LlavaProcessor, folder)
         if processor.patch_size is None:
             # Saved before processors knew how many places a picture takes.
             processor.patch_size = model.config.vision_config.patch_size

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,12 @@ from torch import Tensor
 
 from moe_core.metrics import compbench_numeracy as numeracy
 from moe_core.metrics import compbench_spatial as spatial
+from moe_core.metrics.loading import load_model, load_part
 from moe_core.metrics.open_detector import Detection, OpenDetector
 from moe_core.metrics.scorer import Row, Sample
+
+_UNUSED = re.compile(r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*")
+"""The first fusion has nothing to add, so it never calls this layer; Intel's checkpoints lack it (huggingface/transformers issue 28292)."""
 
 
 class DepthModel:
@@ -31,11 +36,11 @@ class DepthModel:
 
     @classmethod
     def load(cls, folder: str, device: torch.device) -> DepthModel:
-        """From a folder or hub id of a DPT in transformers' format with safetensors."""
+        """From a folder or hub id of a DPT in transformers' format with safetensors. Raises Unloadable, or DataError where weights are missing."""
         from transformers import AutoImageProcessor, DPTForDepthEstimation
 
-        model = DPTForDepthEstimation.from_pretrained(folder, use_safetensors=True)
-        return cls(model.to(device).eval(), AutoImageProcessor.from_pretrained(folder), device)
+        model = load_model(DPTForDepthEstimation, folder, "DPT", unused=_UNUSED)
+        return cls(model.to(device).eval(), load_part(AutoImageProcessor, folder), device)
 
     @torch.inference_mode()
     def nearness(self, image: Image.Image) -> Tensor:

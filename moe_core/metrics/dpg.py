@@ -25,7 +25,7 @@ from PIL import Image
 
 from moe_core.errors import DataError
 from moe_core.metrics import vqa
-from moe_core.metrics.scorer import Measure, Prompt, Row, Sample, ScorerSpec
+from moe_core.metrics.scorer import Measure, MissingAsset, Prompt, Row, Sample, ScorerSpec
 
 CATEGORIES = ("entity", "attribute", "relation", "global", "other")
 TABLE, FOLDER = "dpg_bench.csv", "prompts"
@@ -72,14 +72,14 @@ class Answerer(Protocol):
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a folder like ELLA's dpg_bench: dpg_bench.csv and prompts/<item_id>.txt, in the table's order.
 
-    `record` is {"questions": [...]} of `Question`'s fields. Raises DataError, which names the file and the prompt, where the table lacks a
-    column or has a broken row, where table and texts are not of the same prompts, and where a question is twice there, has an unknown
-    category or a parent that is not there, or depends on itself.
+    `record` is {"questions": [...]} of `Question`'s fields. Raises MissingAsset where table or texts are not there; DataError, which names
+    the file and the prompt, where the table lacks a column or has a broken row, where table and texts are not of the same prompts, and
+    where a question is twice there, has an unknown category or a parent that is not there, or depends on itself.
     """
     table = path / TABLE
     texts = {file.stem: file for file in sorted((path / FOLDER).glob("*.txt"))}
     if not table.is_file() or not texts:
-        raise DataError(
+        raise MissingAsset(
             f"{path} has no {TABLE} or no {FOLDER}/*.txt; it must be the folder dpg_bench of ELLA's repository"
         )
     questions = _read_table(table)

@@ -3,8 +3,7 @@
 - A picture is right if it shows exactly the objects of the record: right classes, counts, colours and positions, and
   nothing else. GenEval itself lets bystanders pass in most kinds; here the pictures are small and a bystander is a
   fault. GenEval's own rules are `moe_core.metrics.geneval_verdict`.
-- Position: `["left of", i]` holds if the object's column is smaller than that of object i, whatever the rows, as in
-  GenEval.
+- Position: `["left of", i]` holds if the object's column is smaller than that of object i, whatever the rows.
 - Overall score: the mean of the kinds' accuracies, not of the pictures.
 """
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_core.errors import DataError
 from moe_core.metrics.geneval_verdict import COLOURS, Box
+from moe_core.metrics.loading import load_model, load_part
 from moe_core.metrics.scorer import Asset
 
 ASSET = Asset(
@@ -53,13 +54,13 @@ class ColourNamer:
 
     @classmethod
     def load(cls, folder: str, device: torch.device) -> ColourNamer:
-        """From a folder or hub id of a CLIP in transformers' format with safetensors."""
+        """From a folder or hub id of a CLIP in transformers' format with safetensors. Raises Unloadable, or DataError where weights are missing."""
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        model = load_model(CLIPModel, folder, "CLIP")
         # Pillow resizes as open_clip's transform does.
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        return cls(model, AutoTokenizer.from_pretrained(folder), image_processor, device)
+        image_processor = load_part(AutoImageProcessor, folder, backend="pil")
+        return cls(model, load_part(AutoTokenizer, folder), image_processor, device)
 
     @torch.inference_mode()
     def name(self, object_crop: Image.Image, name: str) -> str:

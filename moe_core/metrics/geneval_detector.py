@@ -13,6 +13,7 @@ Source: djghosh13/geneval evaluation/evaluate_images.py; mmdet MaskFormerFusionH
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from PIL import Image
 from moe_core.errors import DataError
 from moe_core.metrics import geneval_colours
 from moe_core.metrics.geneval_verdict import THRESHOLD, Box, Detection, check_record, verdict
+from moe_core.metrics.loading import load_model, load_part
 from moe_core.metrics.scorer import Asset, Measure, Row, Sample, ScorerSpec
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ GENEVAL_NAMES = {
     "hair dryer": "hair drier",
 }
 """COCO's names, and those of the YOLO list that some checkpoints have, where GenEval spells them otherwise"""
+_UNUSED = re.compile(r"criterion\..*")
+"""Of the loss"""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,14 @@ class Mask2Former:
 
     @classmethod
     def load(cls, folder: str, device: torch.device) -> Mask2Former:
-        """From a folder or hub id of a Mask2Former in transformers' format with safetensors."""
+        """From a folder or hub id of a Mask2Former in transformers' format with safetensors.
+
+        Raises Unloadable, or DataError where weights are missing.
+        """
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, use_safetensors=True)
-        return cls(model, AutoImageProcessor.from_pretrained(folder, backend="pil"), device)
+        model = load_model(Mask2FormerForUniversalSegmentation, folder, "Mask2Former", unused=_UNUSED)
+        return cls(model, load_part(AutoImageProcessor, folder, backend="pil"), device)
 
     @torch.inference_mode()
     def detect(self, image: Image.Image, threshold: float = THRESHOLD) -> list[Instance]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from moe_core.metrics.loading import load_model, load_part
+
 THRESHOLD = 0.2
 """Least confidence of a box. Ours: UniDet's 0.5 is of another scale, and could not be calibrated against it here."""
 OVERLAP = 0.5
@@ -62,11 +64,11 @@ class OpenDetector:
 
     @classmethod
     def load(cls, folder: str, device: torch.device, threshold: float = THRESHOLD) -> OpenDetector:
-        """From a folder or hub id of an OWLv2 in transformers' format with safetensors."""
+        """From a folder or hub id of an OWLv2 in transformers' format with safetensors. Raises Unloadable, or DataError where weights are missing."""
         from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
-        model = Owlv2ForObjectDetection.from_pretrained(folder, use_safetensors=True)
-        return cls(model.to(device).eval(), Owlv2Processor.from_pretrained(folder), device, threshold)
+        model = load_model(Owlv2ForObjectDetection, folder, "OWLv2")
+        return cls(model.to(device).eval(), load_part(Owlv2Processor, folder), device, threshold)
 
     @torch.inference_mode()
     def detect(self, image: Image.Image, names: Sequence[str]) -> list[Detection]:

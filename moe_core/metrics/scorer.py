@@ -22,6 +22,7 @@ from PIL import Image
 
 from moe_core import folders
 from moe_core.errors import DataError, Dense2MoEError, EvaluationError
+from moe_core.metrics.loading import Unloadable
 
 Row = dict[str, Any]
 """Column -> value of one picture: float, bool or str, or a list of floats (features)."""
@@ -130,11 +131,25 @@ class ScorerSpec:
     """optional packages that it imports"""
 
     def load(self, assets: Mapping[str, str], device: torch.device) -> Scorer:
-        """Loads it. Raises MissingAsset for what is not there."""
+        """Loads it. Raises MissingAsset for what is not there or cannot be reached."""
         module, _, function = self.load_from.partition(":")
         check_assets(self, assets)
         made: Callable[[Mapping[str, str], torch.device], Scorer] = getattr(importlib.import_module(module), function)
-        return made(assets, device)
+        try:
+            return made(assets, device)
+        except (OSError, Unloadable) as error:
+            if not self.assets:
+                raise
+            raise MissingAsset(self._told(assets, error)) from error
+
+    def _told(self, assets: Mapping[str, str], error: OSError | Unloadable) -> str:
+        """Which asset cannot be loaded, and what it must be; any of them may be it where the error names no place."""
+        place = error.place if isinstance(error, Unloadable) else None
+        meant = [asset for asset in self.assets if assets[asset.key] == place] or self.assets
+        named = " and ".join(f"eval.models.{asset.key} is {assets[asset.key]}" for asset in meant)
+        wanted = " and ".join(asset.what for asset in meant)
+        why = error.why if isinstance(error, Unloadable) else error
+        return f"{self.name}: {named}, which cannot be loaded ({why}); it must hold {wanted}"
 
 
 def check_assets(spec: ScorerSpec, assets: Mapping[str, str]) -> None:

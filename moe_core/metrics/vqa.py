@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_core.errors import DataError
+from moe_core.metrics.loading import load_model, load_part
 from moe_core.metrics.scorer import Asset
 
 ASSET = Asset(
@@ -61,13 +62,13 @@ class BlipVQA:
 
     @classmethod
     def load(cls, folder: str, device: torch.device) -> BlipVQA:
-        """From a folder or hub id in transformers' format with safetensors."""
+        """From a folder or hub id in transformers' format with safetensors. Raises Unloadable, or DataError where weights are missing."""
         from transformers import AutoImageProcessor, AutoTokenizer, BlipForQuestionAnswering
 
-        model = BlipForQuestionAnswering.from_pretrained(folder, use_safetensors=True)
+        model = load_model(BlipForQuestionAnswering, folder, "BLIP")
         # Pillow resizes as BLIP's own code does; torchvision would differ in the last digit.
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        return cls(model, AutoTokenizer.from_pretrained(folder), image_processor, device)
+        image_processor = load_part(AutoImageProcessor, folder, backend="pil")
+        return cls(model, load_part(AutoTokenizer, folder), image_processor, device)
 
     @torch.inference_mode()
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:

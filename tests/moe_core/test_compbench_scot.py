@@ -12,7 +12,9 @@ from PIL import Image
 
 from moe_core.errors import DataError
 from moe_core.metrics import compbench_scot as scot
-from moe_core.metrics.scorer import Prompt, Sample
+from moe_core.metrics import registry
+from moe_core.metrics.scorer import MissingAsset, Prompt, Sample
+from tests.moe_core import faulty_weights
 
 CPU = torch.device("cpu")
 
@@ -227,6 +229,17 @@ def test_both_questions_are_asked_of_the_model(llava: str, script: Path):
     # What a random model says is no JSON: a full mark, and said to be one.
     assert answer
     assert row == {"scot": 1.0, "scot_unparsed": 1.0, "scot_answer": answer}
+
+
+def test_a_model_without_all_its_weights_is_refused(llava: str, tmp_path: Path):
+    place = faulty_weights.without(llava, tmp_path / "a", "language_model.lm_head.weight")
+    with pytest.raises(DataError, match=r"lacks 1 of ShareGPT4V's weights, as lm_head\.weight;"):
+        scot.ShareGpt4V.load(place, CPU)
+
+
+def test_a_folder_without_a_model_is_a_missing_asset(script: Path, tmp_path: Path):
+    with pytest.raises(MissingAsset, match=r"eval\.models\.sharegpt4v is .*, which cannot be .* hold ShareGPT4V-7B"):
+        registry.spec("compbench_scot").load({"sharegpt4v": str(tmp_path), "compbench_share_eval": str(script)}, CPU)
 
 
 class _Scripted(scot.ShareGpt4V):

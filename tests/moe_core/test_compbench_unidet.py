@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import string
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from moe_core.errors import DataError
 from moe_core.metrics import compbench_numeracy as numeracy
 from moe_core.metrics import compbench_spatial as spatial
 from moe_core.metrics import compbench_unidet, open_detector
 from moe_core.metrics.open_detector import Detection, OpenDetector
 from moe_core.metrics.scorer import Prompt, Sample
+from tests.moe_core import faulty_weights
 
 CPU = torch.device("cpu")
 
@@ -218,3 +221,23 @@ def test_rows_are_the_formulas_on_what_is_found(owl: str, dpt: str):
     assert rows[3].keys() == rows[0].keys()
     # A row does not depend on its neighbours.
     assert scorer.score([Sample(prompts[2], 0, image)]) == rows[2:3]
+
+
+def test_models_without_all_their_weights_are_refused(owl: str, dpt: str, tmp_path: Path):
+    place = faulty_weights.without(owl, tmp_path / "a", "class_head.dense0.weight")
+    with pytest.raises(DataError, match=r"lacks 1 of OWLv2's weights, as class_head\.dense0\.weight;"):
+        compbench_unidet.load({"open_detector": place, "depth": dpt}, CPU)
+    missing = "neck.fusion_stage.layers.1.residual_layer1.convolution1.weight"
+    place = faulty_weights.without(dpt, tmp_path / "b", missing)
+    with pytest.raises(DataError, match=rf"lacks 1 of DPT's weights, as {missing};"):
+        compbench_unidet.load({"open_detector": owl, "depth": place}, CPU)
+
+
+def test_a_depth_model_as_intel_saves_it_is_whole(dpt: str, tmp_path: Path):
+    """Intel's checkpoints lack a layer that is never called."""
+    layer = "neck.fusion_stage.layers.0.residual_layer1"
+    names = [f"{layer}.convolution{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+    place = faulty_weights.without(dpt, tmp_path / "a", *names)
+    image = _picture(50, 40, 5)
+    nearness = compbench_unidet.DepthModel.load(place, CPU).nearness(image)
+    assert torch.equal(nearness, compbench_unidet.DepthModel.load(dpt, CPU).nearness(image))

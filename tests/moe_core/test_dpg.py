@@ -105,7 +105,7 @@ def test_table_and_texts_must_fit(tmp_path: Path):
         read_prompts(_folder(tmp_path / "b", CAT, {"cat7": "x", "owl": "x", "dog": "x"}))
     with pytest.raises(DataError, match=r"cat7.txt is empty"):
         read_prompts(_folder(tmp_path / "c", CAT, {"cat7": "\n"}))
-    with pytest.raises(DataError, match=r"has no dpg_bench\.csv or no"):
+    with pytest.raises(MissingAsset, match=r"has no dpg_bench\.csv or no"):
         read_prompts(tmp_path)
     folder = _folder(tmp_path / "d", CAT)
     (folder / "dpg_bench.csv").write_text("item_id,text,dependency\ncat7,x,0\n")

@@ -29,6 +29,7 @@ from moe_core.metrics.geneval_detector import SPEC, GenEvalScorer, Mask2Former, 
 from moe_core.metrics.geneval_verdict import COLOURS, Detection, verdict
 from moe_core.metrics.scorer import MissingAsset, Prompt, Sample
 from moe_core.small_flux import clip_tokenizer
+from tests.moe_core import faulty_weights
 from tests.moe_core.tiny_clip import text_config
 
 CPU = torch.device("cpu")
@@ -281,3 +282,16 @@ def test_faults_are_named(mask2former: str, clip: str, tmp_path: Path):
         SPEC.load({"mask2former": str(tmp_path), "clip": clip}, CPU)
     with pytest.raises(MissingAsset, match="geneval needs CLIP ViT-L/14"):
         SPEC.load({"mask2former": mask2former}, CPU)
+
+
+def test_models_without_all_their_weights_are_refused(mask2former: str, clip: str, tmp_path: Path):
+    place = faulty_weights.without(mask2former, tmp_path / "a", "class_predictor.weight")
+    with pytest.raises(DataError, match=r"lacks 1 of Mask2Former's weights, as class_predictor\.weight;"):
+        SPEC.load({"mask2former": place, "clip": clip}, CPU)
+    place = faulty_weights.without(clip, tmp_path / "b", "text_projection.weight")
+    with pytest.raises(DataError, match=r"lacks 1 of CLIP's weights, as text_projection\.weight;"):
+        SPEC.load({"mask2former": mask2former, "clip": place}, CPU)
+
+
+def test_a_detector_without_its_loss_is_whole(mask2former: str, tmp_path: Path):
+    Mask2Former.load(faulty_weights.without(mask2former, tmp_path / "a", "criterion.empty_weight"), CPU)

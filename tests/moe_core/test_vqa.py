@@ -12,6 +12,7 @@ from transformers import BlipForQuestionAnswering
 from moe_core.errors import DataError
 from moe_core.metrics import vqa
 from moe_core.metrics.vqa import BlipVQA
+from tests.moe_core import faulty_weights
 from tests.moe_core.tiny_blip import DEC, ENC, SIZE, VOCABULARY, save
 
 
@@ -118,6 +119,12 @@ def test_long_questions_are_cut(blip: BlipVQA):
 def test_nothing_asked_nothing_said(blip: BlipVQA):
     assert blip.answer([], []) == []
     assert blip.yes_probability([], []) == []
+
+
+def test_a_model_without_all_its_weights_is_refused(folder: str, tmp_path: Path):
+    place = faulty_weights.without(folder, tmp_path / "a", "text_decoder.cls.predictions.bias")
+    with pytest.raises(DataError, match=r"of BLIP's weights, as text_decoder\.cls\.predictions\.bias"):
+        BlipVQA.load(place, torch.device("cpu"))
 
 
 def test_faults_are_named(blip: BlipVQA, tmp_path: Path):
