@@ -327,7 +327,7 @@ def main() -> int:
     parser.add_argument("--commit", default="HEAD")
     parser.add_argument("--again", action="append", default=[], metavar="STAGE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     try:
         pipeline(given.experiment, given.overrides, given.name, given.commit, given.again)
     except Dense2MoEError as error:

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as of `dvc exp run -S`; without any: ./params.yaml"
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         text, fits = plan(Path.cwd(), given.overrides)
     except Dense2MoEError as error:

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionConfig
 
 from moe_core.config import Params, parse
 from moe_core.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from moe_core.small_flux import clip_tokenizer
-from tasks import foreign
+from tasks import comparison, foreign, foreign_claim, generation, outs
 from tasks.places import EVALUATIONS, IMAGES, PROMPTS, SUITES
 from tasks.scoring import read_picture
 from tests.moe_core.other_pipelines import CAPTIONS, save_pixart, save_stable_diffusion
@@ -91,11 +93,30 @@ def evaluate(root: Path, place: str, params: Params, out: str = "out", against: 
 
 
 def as_evaluated(root: Path, out: str, name: str) -> None:
-    """What the stages would have left of a model: pictures and tables."""
+    """What the stages would have left of a model: pictures, tables, results; and the parameters that they are of."""
     shutil.copytree(root / out / "images", root / IMAGES / name)
     (root / EVALUATIONS / name).mkdir(parents=True)
     for file in (root / out).glob("*.parquet"):
         shutil.copy(file, root / EVALUATIONS / name)
+    told = json.loads((root / out / foreign.RESULT).read_text())
+    outs.write_json(root / EVALUATIONS / f"{name}.json", {"model": name, "suites": told["suites"]})
+    seed = json.loads((root / out / foreign_claim.ASKED).read_text())["seed"]
+    (root / "params.yaml").write_text(yaml.safe_dump({"seed": seed}))
+
+
+def change(file: Path, tensor: str, by: float = 0.5) -> None:
+    """One tensor of a model, trained further in place: the file keeps its size."""
+    tensors = load_file(file)
+    tensors[tensor] = tensors[tensor] + by * torch.randn(tensors[tensor].shape, generator=torch.Generator())
+    save_file(tensors, file, {"format": "pt"})
+
+
+def measured(told: dict[str, Any], suite: str = "mine") -> dict[str, float]:
+    return {name: value["value"] for name, value in told["suites"][suite]["measures"].items()}
+
+
+def times(folder: Path, pattern: str) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob(pattern)}
 
 
 @pytest.mark.parametrize("kind", ["sd", "pixart"])
@@ -200,17 +221,237 @@ def test_against_a_model_of_the_checkout(root: Path, params: Callable[..., Param
     assert same["suites"]["mine"]["measures"]["ssim"]["value"] == pytest.approx(1)
 
 
-def test_against_a_model_of_other_prompts_or_without_pictures(root: Path, params: Callable[..., Params]) -> None:
+@pytest.fixture
+def against(root: Path, params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with an evaluated teacher, in which no picture may be made: what is refused is refused before."""
     evaluate(root, "sd", params(), "first")
     as_evaluated(root, "first", "teacher")
-    table = root / EVALUATIONS / "teacher" / "mine.prompts.parquet"
-    pd.read_parquet(table).assign(prompt=["a red four", "a green one"]).to_parquet(table)
-    with pytest.raises(DataError, match="of other prompts in suite mine"):
-        evaluate(root, "sd", params(), against="teacher")
-    (root / IMAGES / "teacher" / "mine" / "00001-00.png").unlink()
-    shutil.rmtree(root / "out" / "rows")
-    with pytest.raises(EvaluationError, match=r"teacher/mine/00001-00\.png is missing"):
-        evaluate(root, "sd", params(), against="teacher")
+
+    def make(*_: Any) -> float:
+        raise AssertionError("pictures are made")
+
+    monkeypatch.setattr(generation, "make", make)
+    return root
+
+
+def test_what_cannot_be_compared_is_refused_before_any_picture_is_made(
+    against: Path, params: Callable[..., Params]
+) -> None:
+    root, rows = against, against / EVALUATIONS / "teacher"
+
+    def refused(message: str, **asked: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            evaluate(root, "sd", params(**asked), "new", "teacher")
+        shutil.rmtree(root / "new")
+
+    refused(r"--against teacher: .*teacher\.json is of 2 pictures a prompt in suite mine, .* 1;", images_per_prompt=1)
+    refused(r"--against teacher: its pictures are of seed 0 \(.*params\.yaml\), these of 1;", seed=1)
+    # What dvc.lock says made the pictures counts before what is asked for now.
+    lock = root / "dvc.lock"
+    lock.write_text(yaml.safe_dump({"stages": {"generate@teacher": {"params": {"params.yaml": {"seed": 7}}}}}))
+    refused(
+        r"its pictures are of seed 7 \(.*dvc\.lock, generate@teacher\), these of 0; a comparison needs the same seed"
+    )
+    lock.unlink()
+    (root / "params.yaml").rename(root / "away.yaml")
+    refused(r"neither .*dvc\.lock nor .*params\.yaml says of what seed")
+    (root / "away.yaml").rename(root / "params.yaml")
+
+    table = rows / "mine.prompts.parquet"
+    whole = pd.read_parquet(table)
+    whole.assign(prompt=["a red four", "a green one"]).to_parquet(table)
+    refused(r"--against teacher: .*mine\.prompts\.parquet is of other prompts in suite mine; .* needs the same ones")
+    whole.to_parquet(table)
+
+    for gone in (
+        root / IMAGES / "teacher" / "mine" / "00001-00.png",
+        rows / "own.pictures.parquet",
+        rows.with_suffix(".json"),
+        root / IMAGES / "teacher",
+    ):
+        gone.rename(root / "away")
+        refused(rf"--against teacher: {gone}.* is missing; ")
+        (root / "away").rename(gone)
+    # Nothing of all this is wrong now.
+    with pytest.raises(AssertionError, match="pictures are made"):
+        evaluate(root, "sd", params(), "new", "teacher")
+
+
+def test_without_any_suite_in_common_a_comparison_is_refused(against: Path, params: Callable[..., Params]) -> None:
+    outs.write_json(against / EVALUATIONS / "teacher.json", {"model": "teacher", "suites": {}})
+    with pytest.raises(
+        ConfigError, match=r"no suite to compare in; teacher was not evaluated on suite own .* suite mine"
+    ):
+        evaluate(against, "sd", params(), "new", "teacher")
+
+
+def test_a_suite_that_the_other_model_was_not_evaluated_on_is_told_and_the_rest_goes_on(
+    root: Path, params: Callable[..., Params]
+) -> None:
+    (root / "mine.txt").rename(root / "later.txt")
+    evaluate(root, "sd", params(), "first")
+    as_evaluated(root, "first", "teacher")
+    (root / "later.txt").rename(root / "mine.txt")
+    told = evaluate(root, "sd", params(), "new", "teacher")
+    assert told["differences"]["own"]["clip_score"]["value"] == 0
+    why = told["differences"]["mine"].pop("not_compared")
+    assert why.startswith("teacher was evaluated without suite mine: eval.suites.mine.path is mine.txt")
+    assert told["differences"]["mine"] == {}
+    assert told["suites"]["mine"]["not_measured"]["similarity"] == why
+    assert list(measured(told)) == ["clip_score"]
+    assert f"| mine | difference | not compared | {why} | |" in foreign.table(
+        told | {"differences": {"mine": {"not_compared": why}}}
+    )
+
+
+def test_pictures_of_other_sizes_are_compared_by_their_measures_alone(
+    root: Path, params: Callable[..., Params]
+) -> None:
+    evaluate(root, "sd", params(), "first")
+    as_evaluated(root, "first", "teacher")
+    for file in (root / IMAGES / "teacher").rglob("*.png"):
+        read_picture(file).resize((32, 32)).save(file)
+    told = evaluate(root, "sd", params(), "new", "teacher")
+    why = "pictures are of (16, 16) pixels, those of teacher of (32, 32)"
+    assert told["suites"]["mine"]["not_measured"]["similarity"] == why
+    assert told["differences"]["mine"]["clip_score"]["value"] == 0
+    with pytest.raises(EvaluationError, match=r"nothing can be compared: pictures are of \(16, 16\)"):
+        asked = params(scorers=["similarity"])
+        asked.eval.suites.pop("own")
+        evaluate(root, "sd", asked, "alone", "teacher")
+
+
+def test_a_comparison_that_fails_loses_nothing(
+    root: Path, params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(root, "sd", params(), "first")
+    as_evaluated(root, "first", "teacher")
+
+    def differences(*_: Any) -> dict[str, Any]:
+        raise DataError("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "differences", differences)
+        with pytest.raises(DataError, match="damaged"):
+            evaluate(root, "sd", params(), "new", "teacher")
+    kept = json.loads((root / "new" / foreign.RESULT).read_text())
+    told = evaluate(root, "sd", params(), "new", "teacher")
+    assert kept == {key: value for key, value in told.items() if key != "differences"}
+    assert "rmse" in measured(kept)
+
+
+def test_a_folder_compares_with_the_model_that_is_asked_for_now(root: Path, params: Callable[..., Params]) -> None:
+    for seed, name in ((5, "one"), (6, "two")):
+        save_stable_diffusion(root / name, seed=seed)
+        evaluate(root, name, params(), f"of-{name}")
+        as_evaluated(root, f"of-{name}", name)
+    one = evaluate(root, "sd", params(), against="one")
+    kept = times(root / "out" / "images", "*.png") | times(root / "out" / "rows", "clip_score/*")
+    two = evaluate(root, "sd", params(), against="two")
+    assert measured(two)["rmse"] != measured(one)["rmse"]
+    assert two == evaluate(root, "sd", params(), "anew", "two")
+    # The same name with other pictures is another reference.
+    shutil.rmtree(root / IMAGES / "two")
+    shutil.copytree(root / IMAGES / "one", root / IMAGES / "two")
+    assert measured(evaluate(root, "sd", params(), against="two"))["rmse"] == measured(one)["rmse"]
+    # Without a reference its rows lie still, and nothing else was made again.
+    rows = times(root / "out" / "rows", "similarity/*")
+    assert list(measured(evaluate(root, "sd", params()))) == ["clip_score"]
+    evaluate(root, "sd", params(), against="one")
+    assert times(root / "out" / "rows", "similarity/*") == rows
+    assert kept == times(root / "out" / "images", "*.png") | times(root / "out" / "rows", "clip_score/*")
+
+
+def test_a_pipeline_that_has_changed_in_place_is_refused(root: Path, params: Callable[..., Params]) -> None:
+    told = evaluate(root, "sd", params())
+    weights = root / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy2(weights, root / "away")
+    change(weights, "conv_in.weight")
+    with pytest.raises(
+        ConfigError,
+        match=r"/sd has changed since .*/out was made of it \(unet/diffusion_pytorch_model\.safetensors\);"
+        r" give --out another folder, or delete .*/out",
+    ):
+        evaluate(root, "sd", params())
+    # The same files at another time, and what is no part of the model, are no change.
+    shutil.copy(root / "away", weights)
+    (root / "sd" / ".cache").mkdir()
+    (root / "sd" / ".cache" / "download").write_text("x")
+    assert evaluate(root, "sd", params()) == told
+    # A transformer or UNet may lie elsewhere.
+    (root / "sd" / "unet").rename(root / "elsewhere")
+    (root / "sd" / "unet").symlink_to(root / "elsewhere")
+    assert evaluate(root, "sd", params()) == told
+    change(root / "elsewhere" / weights.name, "conv_in.weight")
+    with pytest.raises(ConfigError, match="has changed since"):
+        evaluate(root, "sd", params())
+
+
+def test_rows_without_pictures_belong_to_their_pipeline_too(root: Path, params: Callable[..., Params]) -> None:
+    evaluate(root, "sd", params())
+    shutil.rmtree(root / "out" / "images")
+    save_stable_diffusion(root / "other", seed=5)
+    with pytest.raises(ConfigError, match="evaluation of another 'pipeline'"):
+        evaluate(root, "other", params())
+
+
+def test_a_scorer_whose_model_has_changed_in_place_scores_anew(root: Path, params: Callable[..., Params]) -> None:
+    evaluate(root, "sd", params(), "first")
+    as_evaluated(root, "first", "teacher")
+    before = evaluate(root, "sd", params(), against="teacher")
+    pictures, rows = times(root / "out" / "images", "*.png"), times(root / "out" / "rows", "similarity/*")
+    change(root / "clip" / "model.safetensors", "text_projection.weight")
+    after = evaluate(root, "sd", params(), against="teacher")
+    assert measured(after)["clip_score"] != measured(before)["clip_score"]
+    assert after == evaluate(root, "sd", params(), "anew", "teacher")
+    # It alone.
+    assert times(root / "out" / "images", "*.png") == pictures
+    assert times(root / "out" / "rows", "similarity/*") == rows
+
+
+def test_seconds_a_picture_are_of_what_this_run_has_made(root: Path, params: Callable[..., Params]) -> None:
+    def costs() -> dict[str, Any]:
+        return dict(json.loads((root / "out" / foreign.COSTS).read_text()))
+
+    result = root / "out" / foreign.RESULT
+    evaluate(root, "sd", params())
+    first, told = costs(), result.read_bytes()
+    # Three of suite own, two of two prompts of suite mine.
+    assert first["generate"]["pictures"] == 7
+    assert {suite: own["clip_score"]["pictures"] for suite, own in first["suites"].items()} == {"own": 3, "mine": 4}
+    assert all(own["seconds_a_picture"] > 0 for own in (first["generate"], first["suites"]["mine"]["clip_score"]))
+    # A unit of two pictures, and rows of four.
+    (root / "out" / "images" / "mine" / "00001-00.png").unlink()
+    (root / "out" / "rows" / "mine" / "clip_score" / "0000000.parquet").unlink()
+    evaluate(root, "sd", params())
+    assert costs()["generate"]["pictures"] == 2
+    assert {suite: list(own) for suite, own in costs()["suites"].items()} == {"mine": ["clip_score"]}
+    evaluate(root, "sd", params())
+    assert costs() == {"suites": {}}
+    assert result.read_bytes() == told
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sd model.num_inference_steps=3 seed=4 --out there --against teacher",
+        "sd --against teacher model.num_inference_steps=3 seed=4 --out there",
+        "sd --out there --against teacher model.num_inference_steps=3 seed=4",
+        "sd model.num_inference_steps=3 --out there seed=4 --against teacher",
+        "--out there sd model.num_inference_steps=3 --against=teacher seed=4",
+    ],
+)
+def test_overrides_stand_before_between_and_after_options(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    asked: dict[str, Any] = {}
+
+    def record(root: Path, place: str, out: Path, params: Params, against: str | None) -> dict[str, Any]:
+        asked.update(place=place, out=out, steps=params.model.num_inference_steps, seed=params.seed, against=against)
+        return {"suites": {}}
+
+    monkeypatch.setattr(foreign, "evaluate", record)
+    assert foreign.main(line.split()) == 0
+    assert asked == {"place": "sd", "out": Path("there"), "steps": 3, "seed": 4, "against": "teacher"}
 
 
 def test_what_is_missing_is_named(root: Path, params: Callable[..., Params]) -> None:
