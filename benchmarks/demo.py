@@ -119,6 +119,8 @@ def main() -> None:
         since = time.time()
         found["demo"] = timed([sys.executable, "-m", "flows.demo"])
         found["demo"]["stages"] = stage_times(Path.cwd(), since)
+        if not any("work_seconds" in times for times in found["demo"]["stages"].values()):
+            raise SystemExit("no stage was trained: this checkout has run its demo before; measure in a fresh clone")
         found["demo"]["totals"] = over_compute(found["demo"]["wall_seconds"], found["demo"]["stages"])
         keep(found)
     with demo.prefect_environment(Path.cwd()) as extra:

@@ -91,7 +91,7 @@ def one_round(env: dict[str, str], folder: str) -> dict[str, float]:
 def main() -> None:
     """Starts a Ray, times three rounds, writes medians."""
     with tempfile.TemporaryDirectory(prefix="d2m-overhead-") as folder:
-        head = RayHead(Path(folder) / "state")
+        head = RayHead(Path(folder) / "state", code=Path.cwd())
         head.wait(head.start())
         try:
             env = processes.inherit(head.environment()) | {"PYTHONPATH": os.getcwd()}

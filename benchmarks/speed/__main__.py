@@ -63,6 +63,7 @@ def sections(device: torch.device) -> dict[str, Callable[[], Any]]:
             models.measure(
                 _some(every, "dense", "L", "XS"), torch.bfloat16, device, samples=4, image=128, text=32, rounds=3
             ),
+            models.measure(models.of_calls(), torch.bfloat16, device, image=16, text=16, rounds=20),
         ],
         "kd_step": lambda: kd_step.measure(every, torch.float32, device, Inputs(1, 128, 32)),
         "memory": lambda: memory.measure(every, device, 64, 16),
@@ -120,7 +121,8 @@ def main() -> int:
                 _write(report, file)
         else:
             report[name] = found
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        report.setdefault("seconds", {})[name] = round(time.perf_counter() - began)
+        print(f"{name}: {report['seconds'][name]} s", flush=True)
         _write(report, file)
     target.with_suffix(".md").write_text(tables.markdown(report, target.name))
     if find_spec("matplotlib") is None:

@@ -25,7 +25,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[dict[str
         ],
         # As many tokens and active units, dealt to more and more experts of the same width.
         "experts": [(experts, _layer(2048, experts, 2, dtype, device)) for experts in (4, 8, 16, 32, 64)],
-        "top_k": [(top_k, _layer(2048, 12, top_k, dtype, device)) for top_k in (1, 2, 3, 4, 6, 8, 12)],
+        "top_k": [(top_k, _layer(2048, 12, top_k, dtype, device)) for top_k in (0, 1, 2, 3, 4, 6, 8, 12)],
     }
     found = {axis: _rows(ways, device) for axis, ways in axes.items()}
     found["batch"] = _batches(device, dtype)

@@ -5,6 +5,7 @@ What the step adds: recorded features and routings, the losses on them (eq. 7 to
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,18 +43,21 @@ def measure(
         def dense() -> None:
             predict(teacher, given)
 
-        def parts(alone: Any = alone, dense: Any = dense) -> None:
-            dense()
-            alone()
+        apart: dict[str, list[float]] = {"teacher": [], "student": []}
 
-        ways = {"parts": parts, "step": whole, "teacher": dense, "student": alone}
-        times = timing.in_turn(ways, device, rounds=5, seconds=12)
+        def parts(alone: Any = alone, dense: Any = dense, apart: dict[str, list[float]] = apart) -> None:
+            for part, run in (("teacher", dense), ("student", alone)):
+                apart[part].append(timing.seconds_of(run, device))
+
+        times = timing.in_turn({"parts": parts, "step": whole}, device, rounds=5, seconds=12)
         rows.append(
             {
                 "trained": title,
                 "samples": inputs.samples,
                 "precision": str(dtype).removeprefix("torch."),
-                "seconds": {name: own["median_s"] for name, own in times.items()},
+                # The first round does not count.
+                "seconds": {name: own["median_s"] for name, own in times.items()}
+                | {part: float(f"{statistics.median(taken[1:]):.4g}") for part, taken in apart.items()},
                 "over_parts": times["step"]["ratio"],
             }
         )

@@ -27,6 +27,8 @@ from moe_core.transformer import MOB_DEFAULTS, MOE_DEFAULTS, FluxMoETransformer2
 
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_grouped_mm")
 """What torch's profiler calls them."""
+PROFILED = 3
+"""Calls."""
 
 MIDDLE: dict[str, Any] = {
     **references.FLUX1_DEV,
@@ -34,6 +36,10 @@ MIDDLE: dict[str, Any] = {
     "num_single_layers": 15,
     "num_attention_heads": 8,
 }
+
+
+NARROW = MIDDLE | {"num_attention_heads": 1}
+"""As deep, and hardly any arithmetic: what the calls themselves take."""
 
 
 def levels(
@@ -59,6 +65,12 @@ def levels(
 def of_cpu() -> dict[str, dict[str, Any]]:
     """What a CPU measures."""
     return levels(MIDDLE, 1, 2, {"M": 0, "S": 1, "XS": 2}, 96)
+
+
+def of_calls() -> dict[str, dict[str, Any]]:
+    """Two that cost their calls alone."""
+    made = levels(NARROW, 1, 0, {}, 96)
+    return {name: made[name] for name in ("dense", "L")}
 
 
 def of_gpu() -> dict[str, dict[str, Any]]:
@@ -124,13 +136,17 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def where(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of one call on a CPU in matrix products, in attention and in all else, by torch's profiler."""
+    """Seconds of one call on a CPU in matrix products, in attention and in all other operators, by torch's profiler; a mean of some calls.
+
+    What a call takes between its operators is in none of them.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        run()
+        for _ in range(PROFILED):
+            run()
     seconds = {"products": 0.0, "attention": 0.0, "else": 0.0}
     for event in found.key_averages():
         kind = "products" if event.key in PRODUCTS else "attention" if "attention" in event.key else "else"
-        seconds[kind] += event.self_cpu_time_total / 1e6
+        seconds[kind] += event.self_cpu_time_total / 1e6 / PROFILED
     return {kind: float(f"{value:.4g}") for kind, value in seconds.items()}
 
 
@@ -196,5 +212,6 @@ def measure(
         "text_tokens": text,
         "routing": "skewed" if skewed else "as random weights choose",
         "compiled": compiled,
+        "width": configs["dense"]["num_attention_heads"] * configs["dense"]["attention_head_dim"],
         "models": rows,
     }

@@ -39,16 +39,22 @@ def in_turn(
     for turn in range(rounds + 1):
         # Every other round runs backwards: what one leaves in caches and heap is not always the same one's burden.
         for name in names if turn % 2 else reversed(names):
-            _wait(device)
-            started = time.perf_counter()
-            ways[name]()
-            _wait(device)
+            own = seconds_of(ways[name], device)
             if turn:
-                taken[name].append(time.perf_counter() - started)
+                taken[name].append(own)
         if turn >= 3 and time.perf_counter() - began > seconds:
             break
     base = next(iter(taken.values()))
     return {name: asdict(_times(times, base)) for name, times in taken.items()}
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, until the device has done what it was given."""
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
 
 
 def _times(times: list[float], base: list[float]) -> Times:
