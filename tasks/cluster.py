@@ -144,7 +144,11 @@ def _start_private(cpus: int, namespace: str) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would try for half a minute; `auto` and `ray://` it must resolve on its own."""
+    """Ray itself would try for half a minute; `auto` it must resolve on its own. Ray's client cannot run Ray Train's controller here."""
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, the address of Ray's client; a stage must join the cluster itself, from one of its machines: host:port"
+        )
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():
         return

@@ -72,7 +72,11 @@ def evaluate(name: str, stage: Stage) -> None:
         )
         if not (extremes := result.extremes(SHOWN)).empty:
             stage.run.table(f"{result.suite.name}_prompts.json", extremes)
-    stage.run.image("pictures.png", measures.best_and_worst(results[0], root / IMAGES / name / own.name, pictures))
+        if result.tables:
+            shown = measures.best_and_worst(
+                result, root / IMAGES / name / result.suite.name, suites.pictures(result.suite, params.seed)
+            )
+            stage.run.image(f"{result.suite.name}_pictures.png", shown)
 
 
 def _stack(folder: Path, pictures: list[suites.Picture]) -> np.ndarray:

@@ -35,6 +35,7 @@ def generate(name: str, folder: Path, stage: Stage) -> None:
         for unit in generation.units(making / suite.name, suites.pictures(suite, params.seed), params.eval.batch_size)
     ]
     with contextlib.nullcontext() if params.compute.num_workers == 0 else stage.ray():
+        made = sum(len(unit.pictures) for unit in work if not unit.is_done)
         seconds = generation.make(source, work, params.compute, partial(stage.progress.pictures, "generate"))
         own = [prompt.text for prompt in found[0].prompts]
         report = inspection.inspect(root, params, folder, name == DENSE, own)
@@ -46,7 +47,9 @@ def generate(name: str, folder: Path, stage: Stage) -> None:
         {"pictures": count, "kd_loss": report["kd_loss"], "flops": report["flops"]}
         | {f"params_{key}": report["params"][key] for key in ("total", "activated", "activated_paper")}
     )
-    stage.run.metrics({"seconds_a_picture": seconds / count})
+    if made:
+        # Of those of this attempt: a killed one's are there already.
+        stage.run.metrics({"seconds_a_picture": seconds / made})
     stage.run.image("pictures.png", sheet(root / IMAGES / name / found[0].name, SHEET))
 
 

@@ -39,6 +39,7 @@ class SuiteResult:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     """scorer -> a row a picture"""
     seconds_a_picture: dict[str, float] = field(default_factory=dict)
+    """scorer -> cost, of those that had something left to score"""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it; no time in it, as it differs between equal runs."""
@@ -131,12 +132,13 @@ def score_suites(
             )
             told = partial(progress.pictures, f"{suite.name} {name}")
             try:
-                table, seconds = scoring.run(units, judges, told)
+                table, cost = scoring.run(units, judges, told)
             except MissingAsset as error:
                 result.not_measured[name] = scoring.cause(error)
                 continue
             result.tables[name] = table
-            result.seconds_a_picture[name] = seconds / len(table)
+            if cost is not None:
+                result.seconds_a_picture[name] = cost
             _measure(result, spec, table, assets, noise.derive_seed(params.seed, aggregate.DRAWS))
     if not any(result.tables for result in results) and not (is_reference and compares):
         reasons = "; ".join(why for result in results for why in result.not_measured.values())

@@ -256,7 +256,7 @@ class Costs:
         flops = plan_suites.scoring_flops(self.params)
         if not flops:
             return []
-        work = f"{', '.join(flops)}; {plan_suites.more_pictures(self.params)} pictures"
+        work = f"{', '.join(flops)}; {plan_suites.more_pictures(self.params)} pictures; at the least"
         return [
             StageCost(f"evaluate@{name}", work, sum(flops.values()), gpus=self._gpus("evaluate"))
             for name in self.configs

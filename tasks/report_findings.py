@@ -258,7 +258,7 @@ def _evaluator(inputs: Inputs) -> list[Finding]:
     text = (
         f"The evaluator's classifier reads {percent(own.accuracy)} of {own.test_digits} real digits right that neither"
         f" it nor the generator was trained on, and its detector {percent(own.detector_accuracy)} of real scenes:"
-        " the most that a perfect model would score."
+        " about what a perfect model would score."
     )
     return [Finding("note", text)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,13 @@ class Record(BaseModel):
 
 
 class Value(Record):
-    """A measure with its interval."""
+    """A measure with its interval, and of each kind of prompt, where it tells them."""
 
     value: float
     low: float
     high: float
     count: int
+    by_kind: dict[str, Value] = {}
 
 
 class SuiteValues(Record):
@@ -123,11 +124,19 @@ def tables(root: Path, params: Params, told: Mapping[str, Mapping[str, SuiteValu
                 if model != DENSE
             }
         missing: dict[str, str] = {}
+        titles: dict[str, str] = {}
+        rising = {measure: up for scorer in suite.scorers for measure, up in _measures(scorer).items()}
         for scorer in suite.scorers:
             for measure in _measures(scorer):
                 cells = {m: _cell(told[m][name].measures.get(measure), less.get(m, {}).get(measure)) for m in models}
-                if any(cells.values()):
-                    rows[measure] = cells
+                if not any(cells.values()):
+                    continue
+                rows[measure] = cells
+                titles[measure] = TITLES.get(measure, measure)
+                for kind, values in _kinds(measure, [told[m][name] for m in models]).items():
+                    rows[kind] = {m: _cell(value, None) for m, value in zip(models, values, strict=True)}
+                    titles[kind] = f"· {kind.partition(': ')[2].replace('_', ' ')}"
+                    rising[kind] = rising[measure]
             if all(scorer in told[m][name].not_measured for m in models):
                 missing[scorer] = told[models[-1]][name].not_measured[scorer]
         found.append(
@@ -136,8 +145,8 @@ def tables(root: Path, params: Params, told: Mapping[str, Mapping[str, SuiteValu
                 told[DENSE][name].prompts,
                 suite.images_per_prompt,
                 rows,
-                {measure: TITLES.get(measure, measure) for measure in rows},
-                {measure: rising for scorer in suite.scorers for measure, rising in _measures(scorer).items()},
+                titles,
+                rising,
                 missing,
             )
         )
@@ -156,6 +165,15 @@ def sights(measures: Mapping[str, SeenMeasure]) -> list[Sight]:
                 verdict = told.blind_to_swap
             found.append(Sight(TITLES.get(name, name), told.rising, kind, values, verdict))
     return found
+
+
+def _kinds(measure: str, told: Sequence[SuiteValues]) -> dict[str, list[Value | None]]:
+    """A measure of each kind of prompt alone, by model; none where it knows one kind only."""
+    of_models = [values.measures[measure].by_kind if measure in values.measures else {} for values in told]
+    kinds = list(dict.fromkeys(kind for of_model in of_models for kind in of_model))
+    if len(kinds) < 2:
+        return {}
+    return {f"{measure}: {kind}": [of_model.get(kind) for of_model in of_models] for kind in kinds}
 
 
 def _measures(scorer: str) -> dict[str, bool]:

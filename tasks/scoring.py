@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -53,7 +54,8 @@ class Judge:
         self.loaded: tuple[str, Scorer] | None = None
 
     def judge(self, unit: Unit) -> float:
-        """Writes a unit's rows; returns the seconds that it took."""
+        """Writes a unit's rows; returns the seconds that it took, without loading the scorer."""
+        scorer = self._scorer(unit.spec)
         began = time.monotonic()
         samples = [
             Sample(
@@ -64,7 +66,7 @@ class Judge:
             )
             for picture in unit.pictures
         ]
-        found = score(self._scorer(unit.spec), samples, unit.spec.name)
+        found = score(scorer, samples, unit.spec.name)
         check_rows(unit.spec, samples, found)
         rows = [
             dict(zip(KEYS, (sample.prompt.id, sample.prompt.kind, sample.index), strict=True)) | row
@@ -96,7 +98,9 @@ def score(scorer: Scorer, samples: Sequence[Sample], name: str) -> list[Row]:
     rows: list[Row] | None
     try:
         rows = scorer.score(samples)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         if len(samples) == 1:
             raise EvaluationError(
                 f"{name} runs out of memory on one picture, {samples[0].image.size} of '{samples[0].prompt.text}': {error}"
@@ -112,6 +116,11 @@ def score(scorer: Scorer, samples: Sequence[Sample], name: str) -> list[Row]:
     return rows
 
 
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # A CPU's allocator has no class of error of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def check_rows(spec: ScorerSpec, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
     """Raises EvaluationError for a row that lacks a number which a measure takes of its picture: such a row is not kept."""
     for sample, row in zip(samples, rows, strict=True):
@@ -119,16 +128,20 @@ def check_rows(spec: ScorerSpec, samples: Sequence[Sample], rows: Sequence[Row])
             if measure.kinds and sample.prompt.kind not in measure.kinds:
                 continue
             for column in (measure.column, measure.weight):
-                if column is not None and not (column in row and math.isfinite(row[column])):
+                if column is not None and not _is_number(row.get(column)):
                     raise EvaluationError(
                         f"{spec.name} says {column} = {row.get(column)} of prompt {sample.prompt.id}, picture {sample.index};"
                         " it must be a number"
                     )
         for distance in spec.set_measures:
-            if not all(map(math.isfinite, row.get(distance.column) or [math.nan])):
+            if not all(map(_is_number, row.get(distance.column) or [None])):
                 raise EvaluationError(
                     f"{spec.name} gives prompt {sample.prompt.id}, picture {sample.index}, {distance.column} that are not all numbers"
                 )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -139,7 +152,9 @@ def read_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise EvaluationError(f"{path} cannot be decoded ({error}); remove it, and it will be made again") from error
+        raise EvaluationError(
+            f"{path} cannot be decoded ({error}); remove it, and `generate` of its model makes it again"
+        ) from error
 
 
 def unavailable(spec: ScorerSpec, assets: Mapping[str, str]) -> str | None:
@@ -159,8 +174,9 @@ def cause(error: MissingAsset) -> str:
     return str(getattr(error, "cause", None) or error)
 
 
-def run(units: Sequence[Unit], group: Group, told: Told) -> tuple[pd.DataFrame, float]:
-    """Scores what has no rows yet; returns the rows of all units, in their order, and the seconds of work."""
+def run(units: Sequence[Unit], group: Group, told: Told) -> tuple[pd.DataFrame, float | None]:
+    """Scores what has no rows yet; returns the rows of all units, in their order, and the seconds that a picture took now, without
+    loading the scorer; None where all had been scored."""
     todo = [unit for unit in units if not unit.rows.exists()]
     count = sum(len(unit.pictures) for unit in units)
     there, done, seconds = count - sum(len(unit.pictures) for unit in todo), 0, 0.0
@@ -170,7 +186,8 @@ def run(units: Sequence[Unit], group: Group, told: Told) -> tuple[pd.DataFrame, 
     for unit, taken in group.each("judge", todo):
         done, seconds = done + len(unit.pictures), seconds + taken
         told(there + done, count, done / (time.monotonic() - began))
-    return pd.concat([pd.read_parquet(unit.rows) for unit in units], ignore_index=True), seconds
+    table = pd.concat([pd.read_parquet(unit.rows) for unit in units], ignore_index=True)
+    return table, seconds / done if done else None
 
 
 def units(

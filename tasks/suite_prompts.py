@@ -16,7 +16,7 @@ from moe_core import noise
 from moe_core.config import Params, SuiteConfig
 from moe_core.errors import DataError
 from moe_core.metrics import compbench, dpg, geneval_verdict, mjhq, plain_prompts
-from moe_core.metrics.scorer import Prompt
+from moe_core.metrics.scorer import MissingAsset, Prompt
 from tasks import outs
 from tasks.places import SUITES
 from tasks.suites import INDEX
@@ -48,7 +48,12 @@ def collect(root: Path, params: Params, place: Path = SUITES) -> dict[str, int]:
                     "missing": f"eval.suites.{name}.path is {config.path}, where nothing lies; docs/metrics.md says what to fetch"
                 }
                 continue
-            prompts = chosen(READERS[config.prompts](root / config.path), config, noise.derive_seed(params.seed, name))
+            try:
+                whole = READERS[config.prompts](root / config.path)
+            except MissingAsset as error:
+                told[name] = {"missing": str(error)}
+                continue
+            prompts = chosen(whole, config, noise.derive_seed(params.seed, name))
             check(name, prompts)
             told[name] = {"path": str(config.path), "sha256": _sha256(root / config.path)}
             counts[name] = len(prompts)
@@ -59,8 +64,12 @@ def collect(root: Path, params: Params, place: Path = SUITES) -> dict[str, int]:
 
 
 def chosen(prompts: list[Prompt], config: SuiteConfig, seed: int) -> list[Prompt]:
-    """All prompts, or `config.count` of them, of each kind the same share."""
-    return prompts if config.count is None else mjhq.stratified(prompts, config.count, seed)
+    """All prompts, or `config.count` of them, of each kind equally many; DataError where these are fewer than there are kinds."""
+    if config.count is None:
+        return prompts
+    if config.count < (kinds := len({prompt.kind for prompt in prompts})):
+        raise DataError(f"count is {config.count}, but there are {kinds} kinds of prompts; each must have one at least")
+    return mjhq.stratified(prompts, config.count, seed)
 
 
 def check(name: str, prompts: Sequence[Prompt]) -> None:

@@ -40,7 +40,7 @@ class SuiteConfig(Section):
     )
     path: Path | None = Field(None, description="file or folder with the prompts; relative to the checkout")
     count: int | None = Field(
-        None, gt=1, description="so many of them, the same share of each kind, chosen by seed; null: all"
+        None, gt=1, description="so many of them, equally many of each kind, chosen by seed; null: all"
     )
     images_per_prompt: int = Field(1, gt=0)
     scorers: tuple[str, ...] = Field(min_length=1, description="by name; `dense2moe scorers` lists them")

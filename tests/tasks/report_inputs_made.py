@@ -166,7 +166,16 @@ def evaluation(model: str, index: int, rng: np.random.Generator) -> Mapping[str,
             "own": {
                 "prompts": PROMPTS,
                 "measures": {
-                    "exact": {"value": accuracy, "low": accuracy - 0.04, "high": accuracy + 0.02, "count": PROMPTS},
+                    "exact": {
+                        "value": accuracy,
+                        "low": accuracy - 0.04,
+                        "high": accuracy + 0.02,
+                        "count": PROMPTS,
+                        "by_kind": {
+                            kind: {"value": accuracy, "low": low, "high": 1.0, "count": PROMPTS // 2}
+                            for kind, low in (("single_object", 0.125), ("colors", 0.25))
+                        },
+                    },
                     "scene_fid": {"value": 3.1, "low": 1.4, "high": 4.8, "count": PROMPTS},
                 },
                 "not_measured": {"clip_score": "clip_score needs CLIP; fetch it"},

@@ -151,6 +151,13 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
             pass
 
 
+def test_rays_client_is_refused(monkeypatch: pytest.MonkeyPatch, compute: Compute) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS is ray://127\.0\.0\.1:10001, the address of Ray's client"):
+        with cluster.connect("x", compute(1)):
+            pass
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_private_ray_listens_on_loopback_only() -> None:
     sockets = []

@@ -140,6 +140,14 @@ def test_page_and_markdown_show_the_same_table(built: Path) -> None:
             assert f">{shown}<" in row, f"{model}: {shown}"
 
 
+def test_kinds_have_their_intervals_below_their_measure(built: Path) -> None:
+    lines = (built / "reports" / "report.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| Exactly as asked"))
+    assert lines[first + 1].startswith("| · single object ↑ |")
+    assert lines[first + 2].startswith("| · colors ↑ |")
+    assert "(0.125 to 1)" in lines[first + 1]
+
+
 def test_a_metric_that_was_not_tried_is_named(built: Path) -> None:
     html, markdown = ((built / "reports" / name).read_text() for name in ("index.html", "report.md"))
     assert "<strong>mps: not measured.</strong> mps needs a folder" in html

@@ -235,6 +235,26 @@ def test_a_batch_that_does_not_fit_is_halved_and_its_rows_are_the_same() -> None
         scoring.score(Brightness(0), samples, "bright")
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_a_cpus_memory_is_the_same(error: type[Exception]) -> None:
+    told = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+
+    class Scorer:
+        def score(self, samples: Sequence[Sample]) -> list[Row]:
+            if len(samples) > 1:
+                raise error(told)
+            return [{"level": 0.0}]
+
+    assert len(scoring.score(Scorer(), samples_of(4), "bright")) == 4
+    # torch's own error is of this kind, and another one of its class is no lack of memory.
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert scoring._is_out_of_memory(caught.value)
+    broken: Any = SimpleNamespace(score=lambda samples: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        scoring.score(broken, samples_of(4), "bright")
+
+
 def test_a_batch_that_did_not_fit_is_let_go_before_its_halves_are_tried() -> None:
     """The error's traceback holds what the scorer had in memory, as long as it is being handled."""
     handled = []
@@ -268,6 +288,12 @@ def test_a_value_that_is_no_number_is_named_and_its_row_is_not_kept(
         scoring.check_rows(CHANNELS, samples_of(1), [row])
     with pytest.raises(EvaluationError, match="bright says bright = None of prompt p0"):
         scoring.check_rows(BRIGHT, samples_of(1), [row])
+    for value in (None, "1.0"):
+        wrong: Any = {"level": value, "channels": [1.0, value]}
+        with pytest.raises(EvaluationError, match=f"level = {value} of prompt p0, picture 0; it must be a number"):
+            scoring.check_rows(BRIGHT, samples_of(1), [wrong])
+        with pytest.raises(EvaluationError, match="channels that are not all numbers"):
+            scoring.check_rows(CHANNELS, samples_of(1), [wrong])
     # A column that no measure takes of this kind may be anything.
     scoring.check_rows(DARK, samples_of(1), [{"level": float("nan")}])
 

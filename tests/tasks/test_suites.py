@@ -98,6 +98,26 @@ def test_a_benchmark_that_is_not_there_says_what_to_get(root: Path, params: Call
         "eval.suites.dpg.path is ella/dpg_bench, where nothing lies; docs/metrics.md says what to fetch"
     )
     assert suites.pictures(dpg, 0) == []
+    # A folder that lacks its files is a benchmark that is not there; the others go on.
+    (root / "ella" / "dpg_bench").mkdir(parents=True)
+    (root / "compbench").mkdir()
+    asked = params(
+        dpg={"prompts": "dpg", "path": "ella/dpg_bench"},
+        compbench={"prompts": "compbench", "path": "compbench"},
+        mine=MINE,
+    )
+    assert suite_prompts.collect(root, asked) == {"mine": 3}
+    missing = {suite.name: suite.missing for suite in suites.read(root, asked.eval)}
+    assert "has no dpg_bench.csv or no prompts/*.txt" in str(missing["dpg"])
+    assert "fetch examples/dataset" in str(missing["compbench"])
+    assert missing["mine"] is None
+
+
+def test_a_part_has_every_kind(root: Path, params: Callable[..., Params]) -> None:
+    lines = [{"prompt": f"prompt {i}", "id": f"k{i}", "kind": "abc"[i % 3]} for i in range(12)]
+    (root / "three.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="count is 2, but there are 3 kinds of prompts; each must have one at least"):
+        suite_prompts.collect(root, params(three={"prompts": "jsonl", "path": "three.jsonl", "count": 2}))
 
 
 @pytest.mark.parametrize(
