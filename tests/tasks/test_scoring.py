@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -178,6 +181,44 @@ def test_rows_are_of_their_pictures_and_a_killed_run_goes_on(drawn: Drawn, tmp_p
     again = [file.stat().st_mtime_ns for file in files]
     assert again[0] == times[0]
     assert again[2] == times[2]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from moe_core.config import ComputeConfig
+from tasks import scoring, suites
+from tests.tasks.test_scoring import suite_of, units_of
+def told(done, count, rate):
+    print(done, flush=True)
+    sys.stdin.read()
+units = units_of(Path(sys.argv[1]), suites.pictures(suite_of("bright"), 0))
+compute = ComputeConfig(num_workers=0, cpus_per_worker=1, checkpoint_every=1, log_every=1)
+with scoring.judges({}, compute) as group:
+    scoring.run(units, group, told)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_killed_after_its_first_unit_it_scores_what_is_left(drawn: Drawn, tmp_path: Path, compute: Compute) -> None:
+    _, pictures = drawn
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "5\n"
+        os.kill(process.pid, signal.SIGKILL)
+    [first] = (tmp_path / "rows").iterdir()
+    written = first.stat().st_mtime_ns
+    found = run(units_of(tmp_path, pictures), compute(0))
+    assert first.stat().st_mtime_ns == written
+    pd.testing.assert_frame_equal(found, run(units_of(tmp_path, pictures, rows="whole"), compute(0)))
 
 
 @pytest.mark.usefixtures("ray_session")
