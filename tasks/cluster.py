@@ -1,7 +1,8 @@
 """Ray for one stage: the cluster that RAY_ADDRESS names, else a private one that ends with the stage.
 
 Half of what a stage takes to its first step is Python's imports, once in the driver and once in a worker. So a stage asks for Ray
-before it loads anything else (`Early`): the processes that Ray starts for whoever joins stand when the workers are asked for.
+before it loads anything else (`Early`). Of a private Ray, and of a flow's own head, the processes that Ray starts for whoever joins stand
+when the workers are asked for; on another cluster the job has an environment of its own, and they are started for it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from moe_core.errors import ConfigError, Dense2MoEError
 from tasks.project import code_root
 from tasks.ray_settings import OWN_HEAD, SETTINGS, own_head, search_path, serves
 
+PASSED_ON = ("RAY_TRAIN_", "NCCL_RAS_ADDR")
+"""Variables that Ray Train would hand to its workers, by how they begin."""
+
 OBJECT_STORE_BYTES = 1 << 30
 """Of a private Ray: image batches pass through it, nothing else; Ray's own default is 30 % of the machine."""
 
@@ -41,7 +45,7 @@ def connect(stage: str, compute: ComputeConfig) -> Iterator[None]:
     namespace = f"dense2moe-{stage.replace('@', '-')}-{os.getpid()}"
     if address:
         _check_answers(address)
-        environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         # A flow's own head has this checkout's environment already; what it started at once can be used as it is.
         own = os.environ.get(OWN_HEAD) == serves(address, code_root())
         given = {"env_vars": environment | {"PYTHONPATH": search_path(code_root())}}

@@ -65,8 +65,8 @@ class _Group(WorkerGroup):
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:
-        """The job's as it is (`tasks.cluster` put Ray Train's variables there): with one of its own a worker could not take a process
-        that Ray has started already."""
+        """The job's as it is: on a cluster of others `tasks.cluster` has put Ray Train's variables there, elsewhere Ray's processes were started
+        with them. With one of its own a worker could not take a process that stands already."""
         return custom_runtime_env
 
     def _init_train_context_on_workers(
