@@ -73,7 +73,7 @@ def timed(code: str, *arguments: str, env: dict[str, str]) -> tuple[float, list[
 
 def one_round(env: dict[str, str], folder: str) -> dict[str, float]:
     """Each piece once."""
-    alone, _ = timed("import tasks.moe_kd", env=env)
+    alone, _ = timed("import tasks.moe_kd, tasks.fingerprint, tasks.tracking", env=env)
     tracking, _ = timed("pass", env=env)
     _, [mlflow] = timed(MLFLOW, env={**env, "MLFLOW_TRACKING_URI": f"sqlite:///{tempfile.mkdtemp(dir=folder)}/m.db"})
     _, [launch, join, empty] = timed(IN_RAY, "benchmarks.overhead:nothing", folder, env=env)
