@@ -21,7 +21,7 @@ from tasks.scoring import KEYS
 def differences(
     suite: str, scorers: Sequence[str], ours: Path, theirs: Path, assets: Mapping[str, str], seed: int
 ) -> dict[str, Estimated]:
-    """Measure -> ours less theirs, of what both folders have rows of; `seed` is the run's.
+    """Measure -> ours less theirs, of what both folders have rows of, but of what is a comparison itself; `seed` is the run's.
 
     Raises DataError where a folder has no rows of the suite, or other prompts.
     """
@@ -37,6 +37,9 @@ def differences(
     draws = noise.derive_seed(seed, aggregate.DRAWS)
     found: dict[str, Estimated] = {}
     for name in scorers:
+        if registry.spec(name).needs_reference:
+            # It compares with `theirs` already: of that model there is no value to take off.
+            continue
         pair = [of_scorer(table, name) for table in tables]
         if any(table.empty for table in pair):
             continue

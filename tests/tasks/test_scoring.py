@@ -462,3 +462,14 @@ def test_two_models_are_compared_prompt_by_prompt(tmp_path: Path, compute: Compu
         comparison.differences("mine", suite.config.scorers, *folders, {}, 0)
     with pytest.raises(DataError, match=r"b/other\.pictures\.parquet is missing; `evaluate` of b makes it"):
         comparison.rows(folders[1], "other")
+
+
+def test_what_compares_with_a_reference_has_no_difference_to_it(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"id": ["p0", "p1"], "kind": "", "index": 0, "bright.level": [1.0, 2.0], "bright.bright": True})
+    for name, psnr in (("one", 30.0), ("other", 20.0)):
+        (tmp_path / name).mkdir()
+        table = rows.assign(**{f"similarity.{column}": psnr for column in ("psnr", "ssim", "rmse")})
+        table.to_parquet(tmp_path / name / "mine.pictures.parquet")
+        table.assign(prompt="a").to_parquet(tmp_path / name / "mine.prompts.parquet")
+    found = comparison.differences("mine", ["bright", "similarity"], tmp_path / "one", tmp_path / "other", {}, 0)
+    assert set(found) == {"level", "bright"}
