@@ -115,7 +115,7 @@ def _kd_step(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _sampling(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield f"## One denoising step and a sampling of {rows[0]['steps']}, bf16, over the dense model's\n"
+    yield f"## One denoising step and a sampling of {rows[0]['steps']}, bf16, over the dense model's; routing as random weights choose\n"
     ways = list(rows[0]["ways"])
     head = ["model", "samples", "paper's ratio", *_sampling_head(ways)]
     body = []
@@ -143,7 +143,7 @@ def not_measured() -> str:
         "# Speed on a GPU\n",
         "No GPU was at hand: nothing here is measured. `make bench-gpu` writes this file anew, with the other sections of"
         " `python -m benchmarks.speed --device cuda`; this one by `python -m benchmarks.speed.tables`.\n",
-        "## One denoising step and a sampling of 28, FLUX.1's size, 1024 x 1024, bf16, over the dense model's\n",
+        "## One denoising step and a sampling of 28, FLUX.1's size, 1024 x 1024, bf16, over the dense model's; routing as random weights choose\n",
         _table(["model", "samples", "paper's ratio", "goal", *_sampling_head(("compiled", "graphs"))], rows),
         "## The MoE FFN over the dense FFN, 3,072 wide, 1S12E2A (arithmetic 0.375)\n",
         _table(
