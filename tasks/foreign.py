@@ -150,13 +150,10 @@ def _scored(results: Sequence[SuiteResult], rows: Path, there: Collection[Path])
     """Suite -> scorer -> what its pictures took, of the rows that were not `there`."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:
-        for name, table in result.tables.items():
+        for name, seconds in result.seconds_a_picture.items():
             new = [file for file in (rows / result.suite.name / name).glob("*.parquet") if file not in there]
-            if count := sum(pq.read_metadata(file).num_rows for file in new):
-                # `seconds_a_picture` is of all its pictures, also those that an earlier run has scored.
-                seconds = result.seconds_a_picture[name] * len(table)
-                own = {"pictures": count, "seconds_a_picture": seconds / count}
-                found.setdefault(result.suite.name, {})[name] = own
+            own = {"pictures": sum(pq.read_metadata(file).num_rows for file in new), "seconds_a_picture": seconds}
+            found.setdefault(result.suite.name, {})[name] = own
     return found
 
 

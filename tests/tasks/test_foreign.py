@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from moe_core.config import Params, parse
 from moe_core.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from moe_core.small_flux import clip_tokenizer
 from tasks import comparison, foreign, foreign_claim, generation, outs
+from tasks.measures import SuiteResult
 from tasks.places import EVALUATIONS, IMAGES, PROMPTS, SUITES
 from tasks.scoring import read_picture
 from tests.moe_core.other_pipelines import CAPTIONS, save_pixart, save_stable_diffusion
@@ -481,3 +483,16 @@ def test_the_command_says_errors_in_one_line_and_results_as_a_table(
     assert foreign.main(["sd", "--out", "relative"]) == 0
     assert "| mine | clip_score |" in capsys.readouterr().out
     assert (root / "relative" / foreign.RESULT).is_file()
+
+
+def test_a_picture_costs_the_same_where_others_were_scored_before(tmp_path: Path) -> None:
+    """The engine tells seconds a picture of what was scored now: nothing is to be shared out among the rest again."""
+    rows = tmp_path / "mine" / "clip_score"
+    rows.mkdir(parents=True)
+    for name in ("there", "new"):
+        pd.DataFrame({"id": ["p0", "p1"]}).to_parquet(rows / f"{name}.parquet")
+    suite: Any = SimpleNamespace(name="mine")
+    result = SuiteResult(suite, tables={"clip_score": pd.DataFrame({"id": range(4)})})
+    result.seconds_a_picture["clip_score"] = 0.5
+    found = foreign._scored([result], tmp_path, {rows / "there.parquet"})
+    assert found == {"mine": {"clip_score": {"pictures": 2, "seconds_a_picture": 0.5}}}
